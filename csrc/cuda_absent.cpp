@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings.hpp"
+
+namespace spmd {
+
+void register_cuda(pybind11::module_& m) { m.attr("has_cuda") = false; }
+
+}  // namespace spmd

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "bindings.hpp"
+#include "copy_table.hpp"
+#include "memory_handle.hpp"
+
+namespace py = pybind11;
+
+namespace spmd {
+namespace {
+
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+std::unique_ptr<CopyTable> make_table(int device, const py::array& array, const std::vector<uint8_t>& remote,
+                                      int blocks_per_sm, uint64_t tile_bytes) {
+  std::vector<BlockCopy> table = table_from_array(array);
+  const py::gil_scoped_release unlocked;
+  return std::make_unique<CopyTable>(device, std::move(table), remote, blocks_per_sm, tile_bytes);
+}
+
+void patch(CopyTable& self, const py::array& array) {
+  std::vector<BlockCopy> table = table_from_array(array);
+  const py::gil_scoped_release unlocked;
+  self.patch(std::move(table));
+}
+
+py::dict compare(CopyTable& self, uint64_t stream) {
+  CompareResult result{};
+  {
+    const py::gil_scoped_release unlocked;
+    result = self.compare(stream);
+  }
+  return to_python(result);
+}
+
+py::tuple export_bytes(uint64_t address) {
+  const ExportedAllocation exported = export_allocation(address);
+  return py::make_tuple(exported.base, exported.size, py::bytes(exported.handle));
+}
+
+uint64_t open_bytes(int device, const py::bytes& handle) {
+  const std::string raw = handle;
+  const py::gil_scoped_release unlocked;
+  return open_handle(device, raw);
+}
+
+}  // namespace
+
+void register_cuda(py::module_& m) {
+  m.attr("has_cuda") = true;
+  m.def("export_allocation", export_bytes, py::arg("address"));
+  m.def("open_handle", open_bytes, py::arg("device"), py::arg("handle"));
+  m.def("close_handle", close_handle, py::arg("address"), Unlocked());
+  m.def("device_uuid", device_uuid, py::arg("device"), Unlocked());
+  py::class_<CopyTable>(m, "CopyTable")
+      .def(py::init(&make_table), py::arg("device"), py::arg("table").noconvert(), py::arg("remote"),
+           py::arg("blocks_per_sm"), py::arg("tile_bytes"))
+      .def("patch", patch, py::arg("table").noconvert())
+      .def("launch", &CopyTable::launch, py::arg("stream"), Unlocked())
+      .def("elapsed_ms", &CopyTable::elapsed_ms, Unlocked())
+      .def("compare", compare, py::arg("stream"))
+      .def("close", &CopyTable::close, Unlocked())
+      .def_property_readonly("tiles", &CopyTable::tile_count)
+      .def_property_readonly("bytes_read", &CopyTable::bytes_read);
+}
+
+}  // namespace spmd

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "driver.hpp"
+
+#include "check.hpp"
+
+namespace spmd {
+namespace {
+
+template <typename Function>
+void look_up(const char* symbol, unsigned int version, Function& function) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+  SPMD_CHECK_CUDA(cudaGetDriverEntryPointByVersion(symbol, &found, version, cudaEnableDefault, &result));
+  if (result != cudaDriverEntryPointSuccess || found == nullptr)
+    throw CudaError(std::string("the CUDA driver has no ") + symbol, CUDA_ERROR_NOT_FOUND, "CUDA_ERROR_NOT_FOUND");
+  function = reinterpret_cast<Function>(found);
+}
+
+Driver load() {
+  Driver d{};
+  look_up("cuGetErrorName", 12000, d.cuGetErrorName);
+  look_up("cuMemGetAddressRange", 12000, d.cuMemGetAddressRange);
+  look_up("cuPointerGetAttribute", 12000, d.cuPointerGetAttribute);
+  return d;
+}
+
+}  // namespace
+
+std::string Driver::name(CUresult code) const {
+  const char* text = nullptr;
+  return cuGetErrorName(code, &text) == CUDA_SUCCESS && text != nullptr ? text : "unknown CUresult";
+}
+
+const Driver& driver() {
+  static const Driver loaded = load();
+  return loaded;
+}
+
+DeviceGuard::DeviceGuard(int device) {
+  SPMD_CHECK_CUDA(cudaGetDevice(&former_));
+  SPMD_CHECK_CUDA(cudaSetDevice(device));
+}
+
+DeviceGuard::~DeviceGuard() { (void)cudaSetDevice(former_); }
+
+}  // namespace spmd

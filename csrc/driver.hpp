@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The driver calls this module needs, looked up at run time: it must load on a machine that has no driver.
+#pragma once
+
+#include <cuda.h>
+#undef cuMemGetAddressRange  // cuda.h renames calls to their newest version; `Driver` goes by their plain names
+#include <cuda_runtime.h>
+
+#include <string>
+
+namespace spmd {
+
+struct Driver {
+  CUresult(CUDAAPI* cuGetErrorName)(CUresult, const char**);
+  CUresult(CUDAAPI* cuMemGetAddressRange)(CUdeviceptr*, size_t*, CUdeviceptr);
+  CUresult(CUDAAPI* cuPointerGetAttribute)(void*, CUpointer_attribute, CUdeviceptr);
+
+  std::string name(CUresult code) const;
+};
+
+// Throws CudaError where there is no driver, or one that lacks a call.
+const Driver& driver();
+
+// Makes a device current, and the former one again at its end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int former_ = 0;
+};
+
+}  // namespace spmd

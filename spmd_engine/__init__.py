@@ -1,0 +1,59 @@
+"""SGLang inside every rank of an RL trainer, fed with FSDP shards by a plan recorded once.
+
+Importing this package imports neither torch nor sglang and changes no global state.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from spmd_engine.errors import (
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    ConfigError,
+    EngineBusyError,
+    EngineClosedError,
+    InvalidRequestError,
+    PlanError,
+    SchedulerDiedError,
+    SchedulerError,
+    SpmdEngineError,
+    TransferError,
+    WeightsInconsistentError,
+)
+
+if TYPE_CHECKING:
+    from spmd_engine.engine import SpmdEngine
+    from spmd_engine.stats import UpdateStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CollectiveMismatchError",
+    "CollectiveTimeoutError",
+    "ConfigError",
+    "EngineBusyError",
+    "EngineClosedError",
+    "InvalidRequestError",
+    "PlanError",
+    "SchedulerDiedError",
+    "SchedulerError",
+    "SpmdEngine",
+    "SpmdEngineError",
+    "TransferError",
+    "UpdateStats",
+    "WeightsInconsistentError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SpmdEngine":
+        from spmd_engine.engine import SpmdEngine
+
+        return SpmdEngine
+    if name == "UpdateStats":
+        from spmd_engine.stats import UpdateStats
+
+        return UpdateStats
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

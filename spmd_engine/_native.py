@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native module: block copies between processes and devices, and memory that another process can open.
+
+The only importer of ``spmd_engine._C``. It knows addresses, bytes, devices and streams, not tensors; importing it
+starts no thread, makes no CUDA context and does not import torch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+try:
+    import spmd_engine._C as _C
+except ImportError as error:
+    raise ImportError(
+        f"spmd_engine's native module cannot be loaded ({error}). Build it with `pip install -e .` in the source tree, "
+        "or reinstall the package; SPMD_ENGINE_CUDA=ON|OFF|AUTO chooses the CUDA backend."
+    ) from error
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = [
+    "BLOCK_COPY_DTYPE",
+    "CompareResult",
+    "CopyStats",
+    "CopyTable",
+    "CudaError",
+    "ElementType",
+    "ExportedAllocation",
+    "NativeError",
+    "NotExportableError",
+    "PosixError",
+    "SourceError",
+    "SourceFaultError",
+    "SourceGoneError",
+    "SourcePermissionError",
+    "TableError",
+    "allow_ptrace_by_any",
+    "close_handle",
+    "compare_cpu",
+    "copy_cpu",
+    "device_uuid",
+    "export_allocation",
+    "has_cuda",
+    "open_handle",
+]
+
+NativeError: type[RuntimeError] = _C.NativeError
+TableError: type[ValueError] = _C.TableError
+PosixError: type[RuntimeError] = _C.PosixError
+SourceError: type[RuntimeError] = _C.SourceError
+SourceGoneError: type[RuntimeError] = _C.SourceGoneError
+SourcePermissionError: type[RuntimeError] = _C.SourcePermissionError
+SourceFaultError: type[RuntimeError] = _C.SourceFaultError
+CudaError: type[RuntimeError] = _C.CudaError
+NotExportableError: type[RuntimeError] = _C.NotExportableError
+
+
+class ElementType(enum.IntEnum):
+    """Codes of ``src_dtype`` and ``dst_dtype``. Equal codes copy bits; unequal ones cast, among F32, F16 and BF16."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    RAW8 = 3
+    RAW16 = 4
+    RAW32 = 5
+    RAW64 = 6
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return (4, 2, 2, 1, 2, 4, 8)[self]
+
+
+#: One block copy. Addresses, counts of rows and of elements a row, bytes from a row to the next on each side, the index
+#: of the source's process, and the codes of `ElementType`. Same layout as `BlockCopy` in csrc/copy.hpp.
+BLOCK_COPY_DTYPE: np.dtype[Any] = np.dtype(
+    [
+        ("src", "<u8"),
+        ("dst", "<u8"),
+        ("rows", "<u8"),
+        ("row_elems", "<u8"),
+        ("src_pitch", "<i8"),
+        ("dst_pitch", "<i8"),
+        ("source", "<u4"),
+        ("src_dtype", "<u2"),
+        ("dst_dtype", "<u2"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class CopyStats:
+    """What a copy moved: bytes read from the sources, and rows of the table."""
+
+    bytes_read: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """How many elements differ, and the first that does: (row of the table, element in that block, row-major)."""
+
+    wrong_elements: int
+    first: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class ExportedAllocation:
+    """A whole device allocation, and the 64-byte handle that opens it in another process."""
+
+    base: int
+    size: int
+    handle: bytes
+
+
+def _checked(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if not isinstance(table, np.ndarray) or table.dtype != BLOCK_COPY_DTYPE:
+        got = getattr(table, "dtype", type(table).__name__)
+        raise TableError(f"a table is a numpy array of BLOCK_COPY_DTYPE, got {got}")
+    return table
+
+
+def copy_cpu(table: npt.NDArray[Any], *, pids: Sequence[int], threads: int = 1) -> CopyStats:
+    """Copies blocks from the memory of processes on this host into this process.
+
+    Args:
+        table: rows of `BLOCK_COPY_DTYPE`; ``dst`` are addresses here, ``src`` addresses in ``pids[source]``.
+        pids: process ids; 0 or this process' own id means this process.
+        threads: how many threads copy; 1 means the caller's own.
+
+    Raises:
+        TableError: a row must not be executed; nothing was copied.
+        SourceGoneError, SourcePermissionError, SourceFaultError, SourceError: a source could not be read. Has ``pid``,
+            ``address``, ``bytes``, ``block`` and ``errno``. Destinations are undefined afterwards.
+    """
+    return CopyStats(**_C.copy_cpu(_checked(table), list(pids), threads))
+
+
+def compare_cpu(table: npt.NDArray[Any], *, pids: Sequence[int], threads: int = 1) -> CompareResult:
+    """Compares bit for bit what `copy_cpu` would write with what lies there. Arguments and errors as there."""
+    return CompareResult(**_C.compare_cpu(_checked(table), list(pids), threads))
+
+
+def allow_ptrace_by_any() -> bool:
+    """Lets processes of the same user read this process' memory where Yama's ``ptrace_scope`` is 1.
+
+    Returns:
+        False where the kernel has no Yama, and so nothing needs allowing.
+    """
+    return bool(_C.allow_ptrace_by_any())
+
+
+def has_cuda() -> bool:
+    """Whether the CUDA backend was built. Says nothing about a driver or a device."""
+    return bool(_C.has_cuda)
+
+
+def _cuda(name: str) -> Any:
+    if not has_cuda():
+        raise NativeError(f"{name}: spmd_engine was built without CUDA; rebuild it with SPMD_ENGINE_CUDA=ON")
+    return getattr(_C, name)
+
+
+def export_allocation(address: int) -> ExportedAllocation:
+    """Exports the whole device allocation that `address` (anywhere in it) belongs to.
+
+    The exporter must keep it allocated for as long as another process has it open.
+
+    Raises:
+        NotExportableError: its allocator did not make it shareable; the message says what to do.
+        CudaError: any other failure; has ``code`` and ``name``.
+    """
+    base, size, handle = _cuda("export_allocation")(address)
+    return ExportedAllocation(base=base, size=size, handle=handle)
+
+
+def open_handle(handle: bytes, *, device: int) -> int:
+    """Maps an exported allocation for use by `device` (an ordinal of this process) and returns its address here.
+
+    Open a handle once and keep it: this takes milliseconds. A process cannot open what it exported itself.
+    """
+    return int(_cuda("open_handle")(device, handle))
+
+
+def close_handle(address: int) -> None:
+    """Unmaps what `open_handle` returned. No copy from it may still run."""
+    _cuda("close_handle")(address)
+
+
+def device_uuid(device: int) -> str:
+    """The UUID of an ordinal of this process, as nvidia-smi prints it (``GPU-...``)."""
+    return str(_cuda("device_uuid")(device))
+
+
+class CopyTable:
+    """Block copies kept in device memory and executed by one kernel launch. For one thread at a time.
+
+    Args:
+        table: rows of `BLOCK_COPY_DTYPE`, with addresses that `device` can reach.
+        device: ordinal of this process.
+        remote: one bool a row: the source lies on another device. Such rows are spread evenly among the others, so that
+            both links work all the time.
+        blocks_per_sm: thread blocks a multiprocessor; cut to what it holds at a time.
+        tile_bytes: how much one thread block copies at a time.
+
+    Raises:
+        TableError: a row must not be executed.
+        CudaError: a CUDA call failed.
+    """
+
+    def __init__(
+        self,
+        table: npt.NDArray[Any],
+        *,
+        device: int,
+        remote: Sequence[bool] | npt.NDArray[np.bool_] | None = None,
+        blocks_per_sm: int = 2,
+        tile_bytes: int = 65536,
+    ) -> None:
+        mask = np.zeros(len(table), dtype=np.uint8) if remote is None else np.asarray(remote, dtype=np.uint8)
+        self._table = _cuda("CopyTable")(device, _checked(table), mask, blocks_per_sm, tile_bytes)
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles the table was cut into."""
+        return int(self._table.tiles)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes one launch reads from the sources."""
+        return int(self._table.bytes_read)
+
+    def patch(self, table: npt.NDArray[Any]) -> None:
+        """Replaces the addresses. Everything but ``src``, ``dst`` and ``source`` must be as before.
+
+        Waits for launches of this table that still run.
+        """
+        self._table.patch(_checked(table))
+
+    def launch(self, *, stream: int = 0) -> None:
+        """Starts the copy on a stream of the table's device (a ``cudaStream_t`` as an integer) and returns at once."""
+        self._table.launch(stream)
+
+    def elapsed_ms(self) -> float:
+        """Waits for the last launch and returns its time on the device in milliseconds."""
+        return float(self._table.elapsed_ms())
+
+    def compare(self, *, stream: int = 0) -> CompareResult:
+        """Compares bit for bit what `launch` would write with what lies there, and waits for the answer."""
+        return CompareResult(**self._table.compare(stream))
+
+    def close(self) -> None:
+        """Waits for the last launch and frees the device memory. Twice is fine."""
+        self._table.close()
+
+    def __enter__(self) -> CopyTable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

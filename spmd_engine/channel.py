@@ -1,0 +1,205 @@
+"""Framed messages between a trainer rank and its own scheduler process, over an inherited Unix socket pair.
+
+Both ends are processes of one user and nobody else can reach the socket, so frames are pickles of the frozen
+dataclasses below. Links between scheduler processes, which do cross a network, carry JSON instead (`links.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from spmd_engine.errors import ErrorReport
+
+PROTOCOL = 1
+_HEADER = struct.Struct("<Q")
+
+
+class ChannelClosed(Exception):
+    """The other end of the channel is gone."""
+
+
+class ChannelTimeout(Exception):
+    """Nothing arrived in time."""
+
+
+@dataclass(frozen=True)
+class LinkAddress:
+    """Where the scheduler process of the first rank of `ranks` accepts the others.
+
+    Attributes:
+        ranks: global ranks that the link connects; the first one is the hub.
+        host, port: where the hub listens.
+        token: secret that a joining process must show.
+        listener_fd: on the hub, the listening socket, already bound; -1 elsewhere.
+    """
+
+    ranks: tuple[int, ...]
+    host: str
+    port: int
+    token: str
+    listener_fd: int = -1
+
+
+@dataclass(frozen=True)
+class Start:
+    """First message to a scheduler process."""
+
+    protocol: int
+    rank: int
+    tp_rank: int
+    link: LinkAddress
+    model_path: str
+    server_args: dict[str, Any]
+    random_seed: int
+    dist_port: int
+    gpu_id: int
+    on_cpu: bool
+    trainer_pid: int
+    die_with_parent_thread: bool
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The scheduler process serves. `info` describes the model for the trainer rank."""
+
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A collective call.
+
+    Attributes:
+        seq: number of the call on this rank.
+        kind: "generate", "update_weights", "flush_cache", ..., or "refused" for a call that the trainer rank
+            already knows to be wrong; it is sent so that the other ranks do not wait for it.
+        payload: arguments, built of plain Python and NumPy.
+        digest: equal on two ranks if and only if the arguments are.
+        summary: one line for error messages.
+        overlapped: another call of this rank was running when this one was made.
+        timeout_s: how long to wait for the other ranks, and for the result.
+    """
+
+    seq: int
+    kind: str
+    payload: Any
+    digest: str
+    summary: str
+    overlapped: bool
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Answer to the `Call` with the same `seq`; exactly one of `error` and `value` counts."""
+
+    seq: int
+    value: Any = None
+    error: ErrorReport | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The scheduler process ends; nothing else will come."""
+
+    error: ErrorReport
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """End the scheduler process. Needs no agreement of the other ranks."""
+
+
+@dataclass
+class Channel:
+    """One end of the socket pair. `send` may be called from several threads, `recv` from one."""
+
+    sock: socket.socket
+    _send_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.sock.setblocking(True)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def send(self, message: object, fds: tuple[int, ...] = ()) -> None:
+        """Send one message, with open file descriptors if given.
+
+        Raises:
+            ChannelClosed: the other end is gone.
+        """
+        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        with self._send_lock:
+            try:
+                if fds:
+                    socket.send_fds(self.sock, [b"F"], list(fds))
+                else:
+                    self.sock.sendall(b"M")
+                self.sock.sendall(_HEADER.pack(len(data)))
+                self.sock.sendall(data)
+            except (BrokenPipeError, ConnectionResetError, OSError) as error:
+                raise ChannelClosed(str(error)) from error
+
+    def recv(self, timeout_s: float | None = None, watch_pidfd: int = -1) -> tuple[Any, tuple[int, ...]]:
+        """Receive one message and the file descriptors that came with it.
+
+        Args:
+            timeout_s: seconds to wait for the message to begin, None for ever.
+            watch_pidfd: a pidfd of the process at the other end: its death ends the wait even if a forked copy of
+                it keeps the socket open.
+
+        Raises:
+            ChannelTimeout: nothing arrived in time.
+            ChannelClosed: the other end is gone.
+        """
+        self._wait(timeout_s, watch_pidfd)
+        try:
+            tag, fds, _, _ = socket.recv_fds(self.sock, 1, 4)
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            if not tag:
+                raise ChannelClosed("end of stream")
+            (size,) = _HEADER.unpack(self._read(_HEADER.size))
+            data = self._read(size)
+        except (ConnectionResetError, BrokenPipeError) as error:
+            raise ChannelClosed(str(error)) from error
+        return pickle.loads(data), tuple(fds)
+
+    def _wait(self, timeout_s: float | None, watch_pidfd: int) -> None:
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        if watch_pidfd >= 0:
+            poller.register(watch_pidfd, select.POLLIN)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_ms = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            ready = dict(poller.poll(left_ms))
+            if self.sock.fileno() in ready:
+                return
+            if watch_pidfd in ready:
+                raise ChannelClosed("process ended")
+            if deadline is not None and time.monotonic() >= deadline:
+                raise ChannelTimeout(f"no message in {timeout_s} s")
+
+    def _read(self, size: int) -> bytes:
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        while view:
+            count = self.sock.recv_into(view)
+            if count == 0:
+                raise ChannelClosed("end of stream inside a message")
+            view = view[count:]
+        return bytes(buffer)
+
+    def close(self) -> None:
+        self.sock.close()

@@ -1,0 +1,144 @@
+"""Where the elements of a weight lie: dtypes, global shapes, boxes and meshes. Pure Python, no torch, no devices.
+
+A source layout names, for every weight, its global shape and how a mesh of ranks shares it, not each rank's piece;
+the pieces follow from the placements, and `pieces` works them out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+Shape = tuple[int, ...]
+# Element sizes in bytes of the dtypes that a weight may have, by torch's name without "torch.".
+ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Dimension `dim` is cut along this mesh dimension as torch.chunk cuts it: late ranks may have less, or nothing."""
+
+    dim: int
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Every rank along this mesh dimension has all of it."""
+
+
+Placement = Shard | Replicate
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks that share weights.
+
+    Attributes:
+        shape: extents of the mesh dimensions.
+        ranks: global ranks in row-major order of `shape`.
+    """
+
+    shape: Shape
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a weight: `start[d] <= index[d] < start[d] + size[d]`."""
+
+    start: Shape
+    size: Shape
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.size)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of the trainer.
+
+    Attributes:
+        name: its Hugging Face name.
+        shape: global shape.
+        dtype: "float32", "float16" or "bfloat16".
+        mesh: index into `SourceLayout.meshes`, or -1: every rank has all of it in its own memory.
+        placements: one for each dimension of that mesh.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str
+    mesh: int = -1
+    placements: tuple[Placement, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceLayout:
+    """What the ranks of a trainer hold, the same description on all of them.
+
+    Attributes:
+        weights: in the order in which the ranks list the addresses of their shards.
+        meshes: the meshes that weights refer to.
+    """
+
+    weights: tuple[Weight, ...]
+    meshes: tuple[Mesh, ...]
+
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks that hold a shard of something, ascending."""
+        return tuple(sorted({rank for mesh in self.meshes for rank in mesh.ranks}))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a weight and the ranks that hold it, each as one contiguous tensor of the box's size."""
+
+    box: Box
+    ranks: tuple[int, ...]
+
+
+def contiguous_strides(shape: Shape) -> Shape:
+    """Row-major strides in elements."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+def chunk(extent: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and size of part `index` when torch.chunk cuts `extent` into `parts`."""
+    size = -(-extent // parts)
+    start = min(extent, size * index)
+    return start, min(extent, start + size) - start
+
+
+@lru_cache(maxsize=65536)
+def pieces(shape: Shape, mesh: Mesh, placements: tuple[Placement, ...]) -> tuple[Piece, ...]:
+    """The pieces that the ranks of `mesh` hold, without empty ones.
+
+    Placements apply in the order of the mesh dimensions, so a dimension that is sharded twice is cut twice.
+    """
+    holders: dict[Box, list[int]] = {}
+    for rank, coordinates in zip(mesh.ranks, product(*(range(n) for n in mesh.shape)), strict=True):
+        start, size = [0] * len(shape), list(shape)
+        for placement, extent, index in zip(placements, mesh.shape, coordinates, strict=True):
+            if isinstance(placement, Shard):
+                begin, length = chunk(size[placement.dim], extent, index)
+                start[placement.dim] += begin
+                size[placement.dim] = length
+        box = Box(tuple(start), tuple(size))
+        if box.elements:
+            holders.setdefault(box, []).append(rank)
+    return tuple(Piece(box, tuple(ranks)) for box, ranks in holders.items())
+
+
+def local_shape(shape: Shape, mesh: Mesh, placements: tuple[Placement, ...], rank: int) -> Shape:
+    """Shape of the piece that `rank` holds; with a zero extent if it holds nothing."""
+    for piece in pieces(shape, mesh, placements):
+        if rank in piece.ranks:
+            return piece.box.size
+    return tuple(0 if any(isinstance(p, Shard) and p.dim == d for p in placements) else n for d, n in enumerate(shape))

@@ -1,0 +1,197 @@
+"""Links between scheduler processes: a star over TCP, for agreement, barriers and alarms.
+
+The scheduler process of the first rank is the hub. Every other one holds two connections to it: `data`, used by the
+main thread for `exchange`, and `alarm`, watched by the watchdog thread. Frames are JSON plus raw bytes, never pickles.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import select
+import socket
+import struct
+import time
+from typing import Any
+
+from spmd_engine.channel import LinkAddress
+
+_HEADER = struct.Struct("<II")
+_MAX_HEADER = 1 << 28
+_HELLO_LIMIT = 4096
+Frame = tuple[dict[str, Any], bytes]
+
+
+class PeerGone(Exception):
+    """The scheduler process of `rank` closed its link."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"the scheduler process of rank {rank} closed its link")
+        self.rank = rank
+
+
+class LinkTimeout(Exception):
+    """A rank did not reach an exchange in time."""
+
+    def __init__(self, rank: int, timeout_s: float) -> None:
+        super().__init__(f"waited {timeout_s:.1f} s for rank {rank}")
+        self.rank = rank
+
+
+def listen(host: str) -> socket.socket:
+    """A listening socket on `host`, on a port that the system chooses."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.bind((host, 0))
+    listener.listen(1024)
+    return listener
+
+
+def send_frame(sock: socket.socket, header: dict[str, Any], blob: bytes = b"") -> None:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    sock.sendall(_HEADER.pack(len(text), len(blob)) + text + blob)
+
+
+def recv_frame(sock: socket.socket, limit: int = _MAX_HEADER) -> Frame:
+    """Receive a frame, within the socket's timeout. EOFError at the end of the stream."""
+    text_size, blob_size = _HEADER.unpack(_read(sock, _HEADER.size))
+    if text_size > limit or (limit != _MAX_HEADER and blob_size > limit):
+        raise ValueError(f"frame of {text_size} + {blob_size} bytes is over the limit of {limit}")
+    return json.loads(_read(sock, text_size)), _read(sock, blob_size)
+
+
+def _read(sock: socket.socket, size: int) -> bytes:
+    buffer = bytearray(size)
+    view = memoryview(buffer)
+    while view:
+        count = sock.recv_into(view)
+        if count == 0:
+            raise EOFError
+        view = view[count:]
+    return bytes(buffer)
+
+
+class Links:
+    """The links of one scheduler process to the others of `ranks`.
+
+    Args:
+        rank: this process's global rank.
+        address: where the hub listens; its `ranks` are the members.
+        timeout_s: how long to wait until all have joined.
+
+    Raises:
+        LinkTimeout, PeerGone: a member did not join.
+    """
+
+    def __init__(self, rank: int, address: LinkAddress, *, timeout_s: float) -> None:
+        self.rank = rank
+        self.ranks = address.ranks
+        self.hub = address.ranks[0]
+        self.data: dict[int, socket.socket] = {}
+        self.alarms: dict[int, socket.socket] = {}
+        deadline = time.monotonic() + timeout_s
+        if len(self.ranks) == 1:
+            if address.listener_fd >= 0:
+                socket.socket(fileno=address.listener_fd).close()
+        elif rank == self.hub:
+            self._accept(address, deadline, timeout_s)
+        else:
+            self._join(address, deadline, timeout_s)
+
+    def _accept(self, address: LinkAddress, deadline: float, timeout_s: float) -> None:
+        listener = socket.socket(fileno=address.listener_fd)
+        with listener:
+            while len(self.data) + len(self.alarms) < 2 * (len(self.ranks) - 1):
+                listener.settimeout(max(0.001, deadline - time.monotonic()))
+                try:
+                    sock, _ = listener.accept()
+                except TimeoutError:
+                    missing = [r for r in self.ranks[1:] if r not in self.data]
+                    raise LinkTimeout(missing[0], timeout_s) from None
+                # A stranger that connects and says nothing must not hold up the members.
+                sock.settimeout(min(5.0, max(0.001, deadline - time.monotonic())))
+                try:
+                    hello, _ = recv_frame(sock, limit=_HELLO_LIMIT)
+                    known = hmac.compare_digest(str(hello.get("token", "")), address.token)
+                    rank, lane = int(hello.get("rank", -1)), hello.get("lane")
+                except (EOFError, OSError, ValueError, AttributeError, TypeError):
+                    known, rank, lane = False, -1, None
+                if not known or rank not in self.ranks or lane not in ("data", "alarm"):
+                    sock.close()
+                    continue
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                (self.data if lane == "data" else self.alarms)[rank] = sock
+
+    def _join(self, address: LinkAddress, deadline: float, timeout_s: float) -> None:
+        for lane, store in (("data", self.data), ("alarm", self.alarms)):
+            try:
+                sock = socket.create_connection(
+                    (address.host, address.port), timeout=max(0.001, deadline - time.monotonic())
+                )
+            except TimeoutError:
+                raise LinkTimeout(self.hub, timeout_s) from None
+            except OSError:
+                raise PeerGone(self.hub) from None
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            send_frame(sock, {"token": address.token, "rank": self.rank, "lane": lane})
+            store[self.hub] = sock
+
+    def exchange(self, header: dict[str, Any], blob: bytes = b"", *, timeout_s: float) -> list[Frame]:
+        """All-gather: every member's frame, in the order of `ranks`. Also a barrier.
+
+        Raises:
+            LinkTimeout: a member did not come within `timeout_s` seconds.
+            PeerGone: a member's process is gone.
+        """
+        if len(self.ranks) == 1:
+            return [(header, blob)]
+        deadline = time.monotonic() + timeout_s
+        if self.rank != self.hub:
+            self._send(self.hub, header, blob)
+            merged, payload = self._recv(self.hub, deadline, timeout_s)
+            frames, at = [], 0
+            for member, size in zip(merged["headers"], merged["sizes"], strict=True):
+                frames.append((member, payload[at : at + size]))
+                at += size
+            return frames
+        frames = [(header, blob)]
+        frames += [self._recv(member, deadline, timeout_s) for member in self.ranks[1:]]
+        merged = {"headers": [h for h, _ in frames], "sizes": [len(b) for _, b in frames]}
+        payload = b"".join(b for _, b in frames)
+        for member in self.ranks[1:]:
+            self._send(member, merged, payload)
+        return frames
+
+    def _send(self, member: int, header: dict[str, Any], blob: bytes) -> None:
+        try:
+            self.data[member].settimeout(None)
+            send_frame(self.data[member], header, blob)
+        except OSError:
+            raise PeerGone(member) from None
+
+    def _recv(self, member: int, deadline: float, timeout_s: float) -> Frame:
+        sock = self.data[member]
+        # Poll first: a timeout in the middle of a frame would lose the stream.
+        poller = select.poll()
+        poller.register(sock, select.POLLIN)
+        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise LinkTimeout(member, timeout_s)
+        try:
+            sock.settimeout(None)
+            return recv_frame(sock)
+        except (EOFError, OSError):
+            raise PeerGone(member) from None
+
+    def alarm(self, header: dict[str, Any], skip: int = -1) -> None:
+        """Tell all linked processes, except `skip`; those that are gone already are passed over."""
+        for member, sock in list(self.alarms.items()):
+            if member != skip:
+                try:
+                    sock.settimeout(1.0)
+                    send_frame(sock, header)
+                except OSError:
+                    continue
+
+    def close(self) -> None:
+        for sock in (*self.data.values(), *self.alarms.values()):
+            sock.close()

@@ -1,0 +1,189 @@
+"""The scheduler process of this trainer rank: how it is started, heard, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from spmd_engine.channel import Channel, ChannelClosed, Failed, Shutdown, Start
+
+LOG_TAIL_BYTES = 4000
+_LAUNCHER_VARIABLES = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK",
+    "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
+    "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", "SGLANG_DP_RANK", "SGLANG_USE_CPU_ENGINE", "SGLANG_PLATFORM",
+}  # fmt: skip
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def child_environment(environ: Mapping[str, str], *, on_cpu: bool, tp_size: int, loopback: bool) -> dict[str, str]:
+    """The environment of a scheduler process: made from `environ`, which stays as it is.
+
+    Left out are the launcher's rendezvous variables (with TORCHELASTIC_USE_AGENT_STORE the child would wait for ever
+    for a store that nobody serves) and expandable segments (SGLang's memory saver refuses them).
+    """
+    env = {k: v for k, v in environ.items() if k not in _LAUNCHER_VARIABLES and not k.startswith("TORCHELASTIC_")}
+    for name in _ALLOCATOR_VARIABLES:
+        if name in env:
+            kept = [item for item in env[name].split(",") if not item.strip().startswith("expandable_segments")]
+            env[name] = ",".join(kept)
+            if not env[name]:
+                del env[name]
+    env.setdefault("NCCL_CUMEM_ENABLE", "0")
+    env.setdefault("NCCL_NVLS_ENABLE", "0")
+    env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    env["PYTHONUNBUFFERED"] = "1"
+    if loopback:
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if on_cpu:
+        cores = sorted(os.sched_getaffinity(0))
+        env["SGLANG_PLATFORM"] = "spmd_engine"
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        env["SGLANG_NCCL_SO_PATH"] = "/nonexistent/libnccl.so"
+        env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _core_bindings(cores, tp_size))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // tp_size)))
+        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # SGLang compiles a few small functions with Inductor, which takes a C++ compiler and 15 s at the first call.
+        env.setdefault("TORCH_COMPILE_DISABLE", "1")
+    return env
+
+
+def _core_bindings(cores: list[int], tp_size: int) -> str:
+    share = max(1, len(cores) // tp_size)
+    groups = [cores[(i * share) % len(cores) :][:share] for i in range(tp_size)]
+    return "|".join(",".join(map(str, group)) for group in groups)
+
+
+class ProcessDied(Exception):
+    """The scheduler process ended without saying why."""
+
+
+class SchedulerProcess:
+    """A running `python -m spmd_engine.scheduler`, the child of this process.
+
+    Args:
+        start: its first message; `start.link.listener_fd`, if any, is handed over and closed here.
+        env: its whole environment.
+        log_dir: directory for its log; by default the log has no name and vanishes with the two processes.
+    """
+
+    def __init__(self, start: Start, *, env: dict[str, str], log_dir: str | os.PathLike[str] | None) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.rank = start.rank
+        self.log: IO[bytes] = _open_log(log_dir, start.rank)
+        listener_fd = start.link.listener_fd
+        command = [sys.executable, "-m", "spmd_engine.scheduler", str(theirs.fileno())]
+        try:
+            self._popen = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(theirs.fileno(), *((listener_fd,) if listener_fd >= 0 else ())),
+            )
+        except BaseException:
+            ours.close()
+            self.log.close()
+            raise
+        finally:
+            theirs.close()
+            if listener_fd >= 0:
+                os.close(listener_fd)
+        self.pid = self._popen.pid
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError:  # not offered by this kernel: a closed socket still tells
+            self._pidfd = -1
+        self._owner_pid = os.getpid()
+        self.channel = Channel(ours)
+        with contextlib.suppress(ChannelClosed):
+            self.channel.send(start)
+
+    def send(self, message: object, fds: tuple[int, ...] = ()) -> None:
+        """Send a message. A process that is gone is noticed by the next `recv`, which knows more."""
+        with contextlib.suppress(ChannelClosed):
+            self.channel.send(message, fds)
+
+    def recv(self, *, timeout_s: float) -> Any:
+        """The next message.
+
+        Raises:
+            ChannelTimeout: nothing in `timeout_s` seconds.
+            ProcessDied: the process ended.
+        """
+        try:
+            return self.channel.recv(timeout_s, self._pidfd)[0]
+        except ChannelClosed:
+            raise ProcessDied from None
+
+    def failed(self) -> Failed | None:
+        """A `Failed` message that has come unasked, or None.
+
+        Raises:
+            ProcessDied: the process ended.
+        """
+        from spmd_engine.channel import ChannelTimeout
+
+        try:
+            message = self.recv(timeout_s=0.0)
+        except ChannelTimeout:
+            return None
+        return message if isinstance(message, Failed) else None
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Exit status once the process has ended, None if it still runs after `timeout_s` seconds."""
+        try:
+            return self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def log_tail(self) -> str:
+        """The end of the log."""
+        with contextlib.suppress(OSError, ValueError):
+            size = os.fstat(self.log.fileno()).st_size
+            data = os.pread(self.log.fileno(), LOG_TAIL_BYTES, max(0, size - LOG_TAIL_BYTES))
+            return data.decode(errors="replace").strip()
+        return ""
+
+    def stop(self, *, grace_s: float) -> None:
+        """End the process: asked first, killed after `grace_s` seconds. Safe to call again."""
+        if os.getpid() != self._owner_pid:  # a forked copy of the trainer must not end its parent's engine
+            return
+        if self._popen.poll() is None and grace_s > 0:
+            self.send(Shutdown())
+            if self.wait(grace_s) is None:
+                self._popen.send_signal(signal.SIGTERM)
+                self.wait(1.0)
+        if self._popen.poll() is None:
+            self._popen.kill()
+        self._popen.wait()
+        self.channel.close()
+        self.log.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def _open_log(log_dir: str | os.PathLike[str] | None, rank: int) -> IO[bytes]:
+    if log_dir is None:
+        return tempfile.TemporaryFile(prefix="spmd-engine-")
+    directory = Path(log_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return open(directory / f"scheduler-rank{rank}-{stamp}-{os.getpid()}.log", "w+b")
+
+
+def in_main_thread() -> bool:
+    """PDEATHSIG fires when the starting *thread* ends, so it may only be asked for from the main one."""
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,175 @@
+"""How trainer ranks find one another: a few keys in the store that `torch.distributed` already runs.
+
+No collective is used, so nothing of ours can be interleaved with the trainer's own collectives, and every wait can
+watch for other news.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from spmd_engine import links
+from spmd_engine.channel import LinkAddress
+from spmd_engine.errors import CollectiveTimeoutError, ConfigError
+
+_POLL_S = 0.005
+_counters: dict[str, int] = {}
+
+
+def node_identity() -> str:
+    """Equal for two processes that can read each other's memory: same boot, same PID and network namespace."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("pid", "net")]
+    return hashlib.blake2b("|".join([boot, *spaces]).encode(), digest_size=8).hexdigest()
+
+
+def digest_ranks(ranks: tuple[int, ...]) -> str:
+    return hashlib.blake2b(repr(ranks).encode(), digest_size=6).hexdigest()
+
+
+def outgoing_address(target: str) -> str:
+    """This host's address on the way to `target`; no packet is sent."""
+    family, kind, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as sock:
+        sock.connect(address)
+        return str(sock.getsockname()[0])
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What a set of ranks told one another.
+
+    Attributes:
+        notes: what each rank posted, in the order of `ranks`.
+        link: where the hub's scheduler process accepts the others.
+    """
+
+    notes: list[dict[str, Any]]
+    link: LinkAddress
+
+
+class Rendezvous:
+    """Keys in the default store, under a name that the same calls on all ranks agree on.
+
+    Args:
+        ranks: global ranks that meet, the same tuple on all of them.
+        rank: the caller's global rank.
+        purpose: separates meetings of the same ranks for different things.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], rank: int, purpose: str) -> None:
+        if not dist.is_initialized():
+            raise ConfigError(
+                "torch.distributed is not initialized: call init_process_group() (start the script with torchrun, "
+                "or set MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE) before SpmdEngine"
+            )
+        name = f"spmd_engine/{purpose}/{digest_ranks(ranks)}"
+        self.ranks, self.rank = ranks, rank
+        # The n-th meeting of these ranks for this purpose, on each of them.
+        count = _counters.get(name, 0)
+        _counters[name] = count + 1
+        self._store = dist.PrefixStore(f"{name}/{count}", dist.distributed_c10d._get_default_store())
+
+    def post(self, key: str, value: dict[str, Any]) -> None:
+        self._store.set(key, json.dumps(value))
+
+    def poll(self, key: str) -> dict[str, Any] | None:
+        """The value of `key`, or None if nobody has posted it yet."""
+        if not self._store.check([key]):
+            return None
+        value: dict[str, Any] = json.loads(self._store.get(key))
+        return value
+
+    def collect(self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None]) -> list[dict[str, Any]]:
+        """Post `note` and wait for the notes of all ranks, in their order; `watch` runs in between and may raise.
+
+        Raises:
+            CollectiveTimeoutError: a rank did not come.
+        """
+        self.post(f"note/{self.rank}", note)
+        deadline = time.monotonic() + timeout_s
+        notes = []
+        for rank in self.ranks:
+            while (found := self.poll(f"note/{rank}")) is None:
+                watch()
+                if time.monotonic() > deadline:
+                    raise CollectiveTimeoutError(
+                        f"rank {self.rank} waited {timeout_s:.0f} s for rank {rank}, which did not make the same "
+                        f"call over ranks {list(self.ranks)}; every rank of the mesh must make it"
+                    )
+                time.sleep(_POLL_S)
+            notes.append(found)
+        return notes
+
+    def meet(self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None]) -> Meeting:
+        """Exchange notes and agree on a link address; on the hub the returned link holds the listening socket."""
+        hub = self.rank == self.ranks[0]
+        host = _own_address(self._store)
+        posted = {**note, "node": node_identity(), "host": host}
+        listener = None
+        if hub:
+            # Bound to the interface in use: loopback when the job has one node, as MASTER_ADDR then says.
+            listener = links.listen(host)
+            posted["port"] = free_port(host)
+            posted["link"] = {"port": listener.getsockname()[1], "token": secrets.token_hex(16)}
+        try:
+            notes = self.collect(posted, timeout_s=timeout_s, watch=watch)
+        except BaseException:
+            if listener is not None:
+                listener.close()
+            raise
+        first = notes[0]
+        link = LinkAddress(
+            ranks=self.ranks,
+            host=first["host"],
+            port=first["link"]["port"],
+            token=first["link"]["token"],
+            listener_fd=listener.detach() if listener is not None else -1,
+        )
+        return Meeting(notes=notes, link=link)
+
+
+def free_port(host: str) -> int:
+    """A port that is free on `host` now; SGLang's own rendezvous will bind it."""
+    with links.listen(host) as sock:
+        return int(sock.getsockname()[1])
+
+
+def _own_address(store: dist.Store) -> str:
+    target = os.environ.get("MASTER_ADDR") or "127.0.0.1"
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        target = store.host
+    try:
+        return outgoing_address(target)
+    except OSError:
+        return "127.0.0.1"
+
+
+def bounded(call: Callable[[], Any], *, timeout_s: float) -> Any:
+    """Run `call` for at most `timeout_s` seconds; None if it raises or does not end. Only for the failure path."""
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append(call())
+        except Exception:
+            result.append(None)
+
+    thread = threading.Thread(target=run, daemon=True, name="spmd_engine-failure-report")
+    thread.start()
+    thread.join(timeout_s)
+    return result[0] if result else None

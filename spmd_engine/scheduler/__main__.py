@@ -1,0 +1,71 @@
+"""Entry of a scheduler process: `python -m spmd_engine.scheduler FD`, started by `spmd_engine.process`."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import socket
+import sys
+import time
+import traceback
+
+from spmd_engine.channel import PROTOCOL, Channel, Ready, Start
+from spmd_engine.errors import ErrorReport, SpmdEngineError
+from spmd_engine.links import Links, LinkTimeout, PeerGone
+from spmd_engine.scheduler.watchdog import Watchdog
+
+# When a peer dies, SGLang's collectives raise here at the same time as the watchdog hears of the cause.
+_CAUSE_GRACE_S = 2.0
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock.set_inheritable(False)
+    channel = Channel(sock)
+    start, _ = channel.recv(60.0)
+    if not isinstance(start, Start) or start.protocol != PROTOCOL:
+        raise SystemExit(f"expected Start of protocol {PROTOCOL}, got {start!r}")
+    # Ctrl-C reaches the whole process group; the trainer rank decides what it means for the engine.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    watchdog = Watchdog(start.rank, channel, start.trainer_pid)
+    watchdog.start()
+    try:
+        try:
+            links = Links(start.rank, start.link, timeout_s=start.timeout_s)
+        except (LinkTimeout, PeerGone) as error:
+            watchdog.die(ErrorReport("SchedulerDiedError", f"no link to a peer: {error}", error.rank))
+        watchdog.add_links(links)
+        _serve(start, channel, links, watchdog)
+    except SpmdEngineError as error:
+        watchdog.die(ErrorReport(type(error).__name__, str(error), start.rank))
+    except BaseException as error:
+        traceback.print_exc()
+        time.sleep(_CAUSE_GRACE_S)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        watchdog.die(
+            ErrorReport(
+                "SchedulerError",
+                f"the scheduler process of rank {start.rank} raised {type(error).__name__}: {error} "
+                f"({where.filename}:{where.lineno})",
+                start.rank,
+            )
+        )
+
+
+def _serve(start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> None:
+    from spmd_engine.scheduler import adapter
+    from spmd_engine.scheduler.feed import Feed
+
+    feed = Feed(start, channel, links, watchdog)
+    scheduler = adapter.make_scheduler(start, receiver=feed, sink=feed.outputs)
+    # SGLang has asked for PDEATHSIG, which would fire when the starting thread ends rather than the process.
+    if not start.die_with_parent_thread:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+    feed.attach(scheduler)
+    channel.send(Ready(adapter.describe(scheduler)))
+    scheduler.run_event_loop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Every SGLang name that the scheduler process uses, for each supported version (0.5.17 to 0.5.23)."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import logging
+import os
+from typing import Any
+
+import torch
+
+from spmd_engine.channel import Start
+from spmd_engine.errors import ConfigError, InvalidRequestError, SpmdEngineError
+from spmd_engine.requests import GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+# SGLang's own watchdog and timeouts act by one rank's clock and signal the parent process: ours act instead.
+_NEVER_S = 1e8
+_CPU_DEFAULTS = {
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    # SGLang would size the KV cache by a share of the whole machine's memory, in each of its ranks.
+    "max_total_tokens": 65536,
+    "chunked_prefill_size": 8192,
+}
+
+
+def make_server_args(start: Start) -> Any:
+    """`ServerArgs` as SGLang resolves them.
+
+    Raises:
+        ConfigError: an unknown field, or values that SGLang refuses.
+    """
+    from sglang.srt.server_args import ServerArgs
+
+    known = set(inspect.signature(ServerArgs).parameters)
+    for name in start.server_args:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"{name!r} is not an argument of this SGLang version's ServerArgs{hint}")
+    values: dict[str, Any] = {"log_level": "warning", **start.server_args}
+    if start.on_cpu:
+        defaults = {name: value for name, value in _CPU_DEFAULTS.items() if name in known}
+        values = {**defaults, **values, "device": "cpu"}
+    values.update(
+        model_path=start.model_path,
+        tp_size=len(start.link.ranks),
+        random_seed=start.random_seed,
+        nccl_port=start.dist_port,
+        watchdog_timeout=_NEVER_S,
+    )
+    try:
+        args = ServerArgs(**values)
+        if hasattr(args, "resolve_once"):
+            args.resolve_once()
+        args.check_server_args()
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"SGLang refuses these server arguments: {type(error).__name__}: {error}") from error
+    return args
+
+
+def _parallel_ranks(args: Any, tp_rank: int) -> dict[str, int]:
+    """SGLang's layout of attention-CP, MoE-DP and MoE-EP ranks inside the TP group (without DP attention)."""
+    attn_tp_size = args.tp_size // args.attn_cp_size
+    moe_size = args.tp_size // args.moe_dp_size
+    return {
+        "attn_cp_rank": (tp_rank // attn_tp_size) % args.attn_cp_size,
+        "moe_dp_rank": tp_rank // moe_size,
+        "moe_ep_rank": tp_rank % moe_size // (moe_size // args.ep_size),
+    }
+
+
+def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
+    """SGLang's Scheduler for one TP rank, which takes requests from `receiver` and gives outputs to `sink`.
+
+    Args:
+        receiver: has `recv_requests(local_reqs=None)`, called at each turn of SGLang's event loop.
+        sink: has `send_output(output, request=None)`.
+
+    Raises:
+        ConfigError: SGLang refuses the arguments or the model.
+    """
+    from sglang.srt.managers import scheduler as module
+    from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import PortArgs
+
+    load_plugins()
+    args = make_server_args(start)
+
+    class RankLocalScheduler(module.Scheduler):
+        """SGLang's Scheduler with its two ends, input and output, connected to this process's own trainer rank."""
+
+        def init_ipc_channels(self, port_args: Any) -> None:
+            self.ipc_channels = SchedulerIpcChannels(
+                recv_from_tokenizer=None,
+                recv_from_rpc=None,
+                send_to_tokenizer=sink,
+                send_to_detokenizer=sink,
+                send_metrics_from_scheduler=None,
+            )
+            self.load_snapshot_writer = None
+            self.recv_from_tokenizer = None
+
+        def init_request_receiver(self) -> None:
+            self.request_receiver = receiver
+
+    names = dict.fromkeys(inspect.signature(PortArgs).parameters, "")
+    optional = {"tokenizer_worker_ipc_name": None, "decoupled_spec_ipc_config": None}
+    ports = PortArgs(**{**names, **{k: v for k, v in optional.items() if k in names}, "nccl_port": start.dist_port})
+    ranks = {"tp_rank": start.tp_rank, "pp_rank": 0, "dp_rank": None, "gpu_id": start.gpu_id}
+    by_publish = "tp_rank" not in inspect.signature(module.Scheduler.__init__).parameters
+    if by_publish:
+        from sglang.srt.runtime_context import SpawnRanks, spawn_world_rank
+
+        world_rank = spawn_world_rank(args, tp_rank=start.tp_rank, pp_rank=0)
+        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=start.gpu_id))
+        module.configure_scheduler_process(args, start.gpu_id)
+    else:
+        ranks.update(_parallel_ranks(args, start.tp_rank))
+        module.configure_scheduler_process(args, **ranks)
+        publish(args, role="scheduler")
+    try:
+        return RankLocalScheduler(args, ports, **({} if by_publish else ranks))
+    except SpmdEngineError:
+        raise
+    except (ValueError, AssertionError, LookupError, AttributeError, TypeError, ImportError, OSError) as error:
+        if isinstance(error, OSError) and "in use" in str(error):
+            raise
+        logger.exception("SGLang did not start")
+        raise ConfigError(
+            f"SGLang cannot start {start.model_path!r} with TP {len(start.link.ranks)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def describe(scheduler: Any) -> dict[str, Any]:
+    """Plain facts about the model that the trainer rank may want."""
+    config = scheduler.model_config
+    return {
+        "vocab_size": int(config.vocab_size),
+        "context_len": int(config.context_len),
+        "max_req_input_len": int(scheduler.max_req_input_len),
+        "max_total_num_tokens": int(scheduler.max_total_num_tokens),
+        "pid": os.getpid(),
+    }
+
+
+def model_of(scheduler: Any) -> torch.nn.Module:
+    """The model whose parameters SGLang computes with."""
+    return scheduler.tp_worker.model_runner.model
+
+
+def hf_config_of(scheduler: Any) -> Any:
+    return scheduler.model_config.hf_config
+
+
+def checksums(scheduler: Any) -> dict[str, str]:
+    """A digest of the bytes of every parameter and buffer."""
+    found = {}
+    for name, tensor in [*model_of(scheduler).named_parameters(), *model_of(scheduler).named_buffers()]:
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        found[name] = hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
+    return found
+
+
+def flush_cache(scheduler: Any) -> None:
+    """Drop the prefix cache. The scheduler is idle when this is called."""
+    if not scheduler.flush_cache(empty_cache=False):
+        raise RuntimeError("SGLang did not flush its cache although no request runs")
+
+
+def refresh_derived(model: torch.nn.Module) -> None:
+    """Derive again what the model derives from its parameters (MLA's w_kc and w_vc, for example)."""
+    if hasattr(model, "post_load_weights"):
+        with torch.no_grad():
+            model.post_load_weights()
+
+
+def make_request(request: GenerateRequest, rid: str, scheduler: Any) -> Any:
+    """SGLang's request object.
+
+    Raises:
+        InvalidRequestError: SGLang would refuse it.
+    """
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    known = set(SamplingParams.__struct_fields__)
+    for name in request.sampling_params:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=3)
+            raise InvalidRequestError(
+                f"unknown sampling parameter {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
+    try:
+        params = SamplingParams(**request.sampling_params)
+        params.normalize(scheduler.tokenizer)
+        params.verify(scheduler.model_config.vocab_size)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InvalidRequestError(f"invalid sampling parameters {request.sampling_params}: {error}") from error
+    if scheduler.server_args.grammar_backend == "none" and any(
+        getattr(params, name) is not None for name in ("json_schema", "regex", "ebnf", "structural_tag")
+    ):
+        raise InvalidRequestError("constrained output needs a grammar backend: SpmdEngine(..., grammar_backend='xgrammar')")
+    _check_tokens(request, params, scheduler)
+    return TokenizedGenerateReqInput(
+        rid=rid,
+        input_text=request.text,
+        input_ids=request.input_ids,
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=params,
+        return_logprob=request.return_logprob,
+        logprob_start_len=request.logprob_start_len,
+        top_logprobs_num=request.top_logprobs_num,
+        token_ids_logprob=request.token_ids_logprob,
+        stream=False,
+    )
+
+
+def _check_tokens(request: GenerateRequest, params: Any, scheduler: Any) -> None:
+    """The checks that SGLang's tokenizer manager makes; without them the scheduler would index out of bounds."""
+    vocab, context = int(scheduler.model_config.vocab_size), int(scheduler.model_config.context_len)
+    length = len(request.input_ids)
+    if length >= min(context, int(scheduler.max_req_input_len)):
+        raise InvalidRequestError(
+            f"a prompt has {length} tokens; this engine takes fewer than {min(context, int(scheduler.max_req_input_len))} "
+            f"(context length {context}, KV cache {int(scheduler.max_total_num_tokens)} tokens)"
+        )
+    if params.max_new_tokens is not None and length + params.max_new_tokens > context:
+        raise InvalidRequestError(
+            f"{length} prompt tokens + max_new_tokens={params.max_new_tokens} exceed the context length of {context}"
+        )
+    low, high = min(request.input_ids), max(request.input_ids)
+    if low < 0 or high >= vocab:
+        raise InvalidRequestError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab}")
+    if any(not 0 <= token < vocab for token in request.token_ids_logprob or ()):
+        raise InvalidRequestError(f"token_ids_logprob {request.token_ids_logprob} is outside the vocabulary of {vocab}")
+    if request.top_logprobs_num < 0 or request.logprob_start_len < -1 or request.logprob_start_len > length:
+        raise InvalidRequestError(
+            f"top_logprobs_num={request.top_logprobs_num} must be at least 0 and logprob_start_len="
+            f"{request.logprob_start_len} between -1 and the prompt's length {length}"
+        )
+
+
+def make_batch(requests: list[Any]) -> Any:
+    """One message for a whole rollout."""
+    from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput
+
+    return BatchTokenizedGenerateReqInput(batch=requests)

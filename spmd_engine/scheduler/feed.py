@@ -1,0 +1,183 @@
+"""In what order calls take effect, the same on all ranks: the `receiver` of SGLang's event loop.
+
+Each rank hands its call to its own scheduler process; the processes agree on it over their links before any of them
+acts. While a rollout runs nothing else can arrive, so no message is exchanged; while nothing runs, the process sleeps
+in a blocking receive.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NoReturn
+
+from spmd_engine.channel import Call, Channel, ChannelClosed, LinkAddress, Reply, Shutdown, Start
+from spmd_engine.errors import ErrorReport, SpmdEngineError
+from spmd_engine.links import Frame, Links, LinkTimeout, PeerGone
+from spmd_engine.scheduler import adapter
+from spmd_engine.scheduler.outputs import Outputs
+from spmd_engine.scheduler.watchdog import Watchdog
+from spmd_engine.scheduler.weights import WeightsKeeper
+
+_DEPARTURE_GRACE_S = 1.0
+
+
+class Feed:
+    """Receives calls from the trainer rank and turns them into requests for SGLang's Scheduler."""
+
+    def __init__(self, start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> None:
+        self.outputs = Outputs()
+        self._start, self._channel, self._watchdog = start, channel, watchdog
+        self._links = {start.link.ranks: links}
+        self._replica = start.link.ranks
+        self._running: Call | None = None
+        watchdog.is_generating = lambda: self._running is not None
+
+    def attach(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._weights = WeightsKeeper(scheduler, self._start)
+
+    def recv_requests(self, local_reqs: Any = None) -> list[Any]:
+        """Called by SGLang at each turn of its event loop: what to begin now. Blocks while there is nothing to do."""
+        if self._running is not None:
+            if not self.outputs.complete:
+                return []
+            self._reply(self._running, value=self.outputs.take())
+            self._running = None
+        # Turns of the loop that only drain SGLang's own pipeline.
+        if not self._scheduler.is_fully_idle():
+            return []
+        while True:
+            call = self._next_call()
+            try:
+                batch = self._perform(call)
+            except SpmdEngineError as error:
+                self._reply(call, error=ErrorReport(type(error).__name__, str(error), self._start.rank))
+                continue
+            if batch is not None:
+                self._running = call
+                return [batch]
+
+    # ---- one call ----
+
+    def _next_call(self) -> Call:
+        while True:
+            try:
+                message, fds = self._channel.recv()
+            except ChannelClosed:
+                self._watchdog.die(ErrorReport("SchedulerDiedError", "the trainer closed its channel", self._start.rank))
+            if isinstance(message, Shutdown):
+                self._watchdog.leave()
+            elif isinstance(message, LinkAddress):
+                self._join(message, fds)
+            elif isinstance(message, Call):
+                return message
+
+    def _perform(self, call: Call) -> Any:
+        """Agree on `call` with the other ranks and do it; a batch for SGLang if it is a rollout."""
+        wide = tuple(call.payload["ranks"]) if call.kind in ("update_weights", "refused") and call.payload else ()
+        agreement = {
+            "seq": call.seq,
+            "kind": call.kind,
+            "digest": call.digest,
+            "summary": call.summary,
+            "overlapped": call.overlapped,
+            "wide": wide,
+        }
+        frames = self._exchange(self._replica, agreement, b"", call)
+        error = verdict(self._replica, frames)
+        wide = next((tuple(header["wide"]) for header, _ in frames if header["wide"]), ())
+        if wide and wide != self._replica and wide in self._links:
+            # The other replicas are on their way into the same update: they must hear of an error here.
+            note = {**agreement, "error": None if error is None else [error.kind, error.message]}
+            error = verdict(wide, self._exchange(wide, note, b"", call)) or error
+        if error is not None:
+            raise error.to_exception()
+        if call.kind == "refused":
+            self._reply(call)  # the trainer rank knows its own error
+            return None
+        if call.kind == "generate":
+            return self._generate(call)
+        if call.kind == "flush_cache":
+            adapter.flush_cache(self._scheduler)
+            self._reply(call)
+            return None
+        if call.kind == "weight_checksums":
+            self._reply(call, value=adapter.checksums(self._scheduler))
+            return None
+        if call.kind == "update_weights":
+            self._reply(call, value=self._weights.update(call.payload, lambda h, b: self._exchange(wide, h, b, call)))
+            return None
+        raise SpmdEngineError(f"unknown call {call.kind!r}")
+
+    def _generate(self, call: Call) -> Any:
+        requests = call.payload
+        self._weights.check_consistent()
+        rids = [f"{call.seq}-{i}" for i in range(len(requests))]
+        made = [adapter.make_request(r, rid, self._scheduler) for r, rid in zip(requests, rids, strict=True)]
+        self.outputs.expect(rids, [request.return_logprob for request in requests], self._weights.version)
+        return adapter.make_batch(made)
+
+    def _reply(self, call: Call, *, value: Any = None, error: ErrorReport | None = None) -> None:
+        try:
+            self._channel.send(Reply(seq=call.seq, value=value, error=error))
+        except ChannelClosed:
+            pass  # the watchdog sees a trainer that is gone
+
+    # ---- the other ranks ----
+
+    def _join(self, address: LinkAddress, fds: tuple[int, ...]) -> None:
+        if address.listener_fd >= 0:
+            address = LinkAddress(**{**vars(address), "listener_fd": fds[0]})
+        try:
+            links = Links(self._start.rank, address, timeout_s=self._start.timeout_s)
+        except (PeerGone, LinkTimeout) as error:
+            self._broken(error, "the first update_weights")
+        self._links[address.ranks] = links
+        self._watchdog.add_links(links)
+
+    def _exchange(self, ranks: tuple[int, ...], header: dict[str, Any], blob: bytes, call: Call) -> list[Frame]:
+        try:
+            return self._links[ranks].exchange(header, blob, timeout_s=call.timeout_s)
+        except (PeerGone, LinkTimeout) as error:
+            self._broken(error, call.summary)
+
+    def _broken(self, error: PeerGone | LinkTimeout, what: str) -> NoReturn:
+        """An exchange that one rank could not finish ends the engine on all of them."""
+        me = self._start.rank
+        if isinstance(error, LinkTimeout):
+            kind = "CollectiveTimeoutError"
+            message = f"rank {me} was in {what} and {error}, which did not make the same call"
+        else:
+            deadline = time.monotonic() + _DEPARTURE_GRACE_S
+            while error.rank not in self._watchdog.departed and time.monotonic() < deadline:
+                time.sleep(0.01)
+            departed = error.rank in self._watchdog.departed
+            kind = "EngineClosedError" if departed else "SchedulerDiedError"
+            how = f"rank {error.rank} had shut its engine down" if departed else str(error)
+            message = f"rank {me} was in {what}, but {how}"
+        self._watchdog.die(ErrorReport(kind, message, error.rank))
+        raise AssertionError("die() does not return")
+
+
+def verdict(ranks: tuple[int, ...], frames: list[Frame]) -> ErrorReport | None:
+    """What the ranks' announcements of a call amount to: None if all made the same one, alone."""
+    headers = [header for header, _ in frames]
+    for rank, header in zip(ranks, headers, strict=True):
+        if header.get("error"):
+            kind, message = header["error"]
+            return ErrorReport(kind, f"rank {rank}: {message}", rank)
+    if len({(header["kind"], header["digest"]) for header in headers}) > 1:
+        calls = "; ".join(f"rank {rank}: {h['summary']}" for rank, h in zip(ranks, headers, strict=True))
+        return ErrorReport(
+            "CollectiveMismatchError",
+            f"the ranks made different calls, or passed different arguments to the same one: {calls}. "
+            "All ranks must make the same calls in the same order",
+        )
+    overlapped = [rank for rank, header in zip(ranks, headers, strict=True) if header["overlapped"]]
+    if overlapped:
+        return ErrorReport(
+            "EngineBusyError",
+            f"{headers[0]['summary']} was called on rank {overlapped[0]} while another call of its engine was running; "
+            "wait for that one to return",
+        )
+    return None

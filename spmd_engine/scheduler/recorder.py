@@ -1,0 +1,301 @@
+"""Runs the model's own `load_weights` on tensors that hold nothing, and writes down the copies that it makes.
+
+A `RecordingTensor` stands for a weight of the trainer. View operations go through to a `meta` tensor, whose offset and
+strides always say which elements of the weight are meant; `copy_` into a real parameter becomes a `RecordedCopy`.
+Arithmetic makes a *derived* tensor: what is loaded from one cannot be a plain copy, and its sources go through the
+model's own loader with real values instead (the fallback).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from spmd_engine.errors import PlanError
+from spmd_engine.layout import Weight
+from spmd_engine.plan import RecordedCopy
+
+aten = torch.ops.aten
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+# Operations whose result has the same elements as their input, laid out anew: nothing changes for a recorder.
+_RELAYOUTS = {aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.lift_fresh.default}
+
+
+class NeedsValuesError(Exception):
+    """A loader asked for the values of weights, which a recording does not have."""
+
+    def __init__(self, names: Iterable[str], what: str) -> None:
+        super().__init__(what)
+        self.names = frozenset(names)
+
+
+@dataclass
+class Recording:
+    """What `load_weights` did.
+
+    Attributes:
+        copies: in the order in which they were made.
+        fallback: names of weights whose loading is not a plain copy.
+        fallback_parameters: names of the parameters that such weights reach.
+        is_blind: a loader asked for values, so the recording does not know which parameters it writes from them.
+        constants: (address, sizes, strides) of regions that the loader filled with a constant by itself.
+    """
+
+    copies: list[RecordedCopy] = field(default_factory=list)
+    fallback: set[str] = field(default_factory=set)
+    fallback_parameters: set[str] = field(default_factory=set)
+    is_blind: bool = False
+    constants: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    def used(self) -> set[str]:
+        """Names of the weights that the loader took."""
+        return {copy.weight for copy in self.copies} | self.fallback
+
+
+class RecordingTensor(torch.Tensor):
+    """A weight without data, a view of one, or something derived from weights.
+
+    Attributes:
+        meta: its shape; for a view also which elements of the weight it shows.
+        origins: names of the weights that it comes from.
+        is_derived: its elements are not those of a weight.
+        casts: dtypes that a view was converted to, in order.
+        is_relaid: a loader asked for a copy with other strides than `meta` has.
+    """
+
+    meta: torch.Tensor
+    origins: frozenset[str]
+    is_derived: bool
+    casts: tuple[torch.dtype, ...]
+    is_relaid: bool
+    recorder: Recorder
+
+    @staticmethod
+    def __new__(
+        cls,
+        meta: torch.Tensor,
+        origins: frozenset[str],
+        recorder: Recorder,
+        *,
+        is_derived: bool = False,
+        casts: tuple[torch.dtype, ...] = (),
+        is_relaid: bool = False,
+    ) -> RecordingTensor:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            meta.shape,
+            strides=meta.stride(),
+            storage_offset=meta.storage_offset(),
+            dtype=casts[-1] if casts else meta.dtype,
+            device=recorder.device,
+        )
+        self.meta, self.origins, self.recorder = meta, origins, recorder
+        self.is_derived, self.casts, self.is_relaid = is_derived, casts, is_relaid
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"RecordingTensor({sorted(self.origins)}, {list(self.shape)})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        recorder = next(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, RecordingTensor)).recorder
+        return recorder.dispatch(func, args, kwargs or {})
+
+
+class _ConstantMode(TorchDispatchMode):
+    """Notes the parameters' regions that a loader fills with a constant, such as the padding of a vocabulary."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten.fill_.Scalar, aten.zero_.default) and not isinstance(args[0], RecordingTensor):
+            tensor = args[0]
+            if self._recorder.parameter_at(tensor) is not None:
+                region = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+                self._recorder.recording.constants.append(region)
+        return func(*args, **(kwargs or {}))
+
+
+class Recorder:
+    """Records one pass of `load_weights`.
+
+    Args:
+        model: SGLang's model; its parameters are not written, except by constants that the loader itself writes.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.recording = Recording()
+        self._model = model
+        spans: dict[int, tuple[int, str]] = {}  # start -> end, the first of its names
+        for name, tensor in all_tensors(model):
+            if tensor.numel():
+                spans.setdefault(tensor.data_ptr(), (tensor.data_ptr() + tensor.nbytes, name))
+        self._starts = sorted(spans)
+        self._spans = spans
+        self.device = next(model.parameters()).device
+
+    def stand_in(self, weight: Weight) -> RecordingTensor:
+        """A tensor that stands for a weight of the trainer."""
+        meta = torch.empty(weight.shape, dtype=DTYPES[weight.dtype], device="meta")
+        return RecordingTensor(meta, frozenset([weight.name]), self)
+
+    def run(self, weights: Sequence[tuple[str, RecordingTensor]]) -> Recording:
+        """Call `load_weights` with stand-ins.
+
+        Args:
+            weights: (name for the loader, stand-in), which may be views of weights under other names.
+
+        Raises:
+            PlanError: the loader refuses a weight, for example because of its shape.
+        """
+        left = list(weights)
+        while True:
+            try:
+                with torch.no_grad(), _ConstantMode(self):
+                    self._model.load_weights(iter(left))  # type: ignore[operator]
+                return self.recording
+            except NeedsValuesError as error:
+                fallback = self.recording.fallback | error.names
+                kept = [(name, tensor) for name, tensor in left if not tensor.origins & error.names]
+                if len(kept) == len(left):
+                    raise PlanError(f"cannot record how {sorted(error.names)} are loaded: {error}") from error
+                left = kept
+                self.recording = Recording(fallback=fallback, is_blind=True)
+            except PlanError:
+                raise
+            except Exception as error:
+                names = _culprits(error.__traceback__)
+                shapes = ", ".join(f"{tensor.origins and sorted(tensor.origins)[0]} {list(tensor.shape)}" for tensor in names)
+                raise PlanError(
+                    f"the engine's loader refuses {'weight ' + shapes if shapes else 'the source'}: "
+                    f"{type(error).__name__}: {error or 'wrong shape'}"
+                ) from error
+
+    def parameter_at(self, tensor: torch.Tensor) -> str | None:
+        """Name of the parameter or buffer that `tensor` is a view of."""
+        at = bisect_right(self._starts, tensor.data_ptr()) - 1
+        if at < 0 or not tensor.numel():
+            return None
+        end, name = self._spans[self._starts[at]]
+        return name if tensor.data_ptr() < end else None
+
+    # ---- operations on stand-ins ----
+
+    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operation with at least one stand-in among its arguments does."""
+        inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, RecordingTensor)]
+        origins = frozenset().union(*(x.origins for x in inputs))
+        target = args[0] if args else None
+        if func is aten.copy_.default and not isinstance(target, RecordingTensor):
+            self._copy(target, args[1])
+            return target
+        if func._schema.is_mutable:
+            # A weight changed in place, or a parameter changed by something else than a copy.
+            self._fall_back(target, origins)
+            return target
+        if func in _RELAYOUTS and isinstance(target, RecordingTensor) and not target.is_derived:
+            dtype = kwargs.get("dtype") or target.dtype
+            if dtype in DTYPE_NAMES:
+                casts = target.casts if dtype == target.dtype else (*target.casts, dtype)
+                return RecordingTensor(target.meta, target.origins, self, casts=casts, is_relaid=True)
+        return self._apply(func, args, kwargs, inputs, origins)
+
+    def _apply(
+        self, func: Any, args: Any, kwargs: Any, inputs: list[RecordingTensor], origins: frozenset[str]
+    ) -> Any:
+        def to_meta(x: torch.Tensor) -> torch.Tensor:
+            return x.meta if isinstance(x, RecordingTensor) else x.to("meta")
+
+        meta_args, meta_kwargs = tree_map_only(torch.Tensor, to_meta, (args, kwargs))
+        if "device" in meta_kwargs:
+            meta_kwargs["device"] = torch.device("meta")
+        try:
+            result = func(*meta_args, **meta_kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            if _is_shape_error(error) and not any(x.is_relaid for x in inputs):
+                raise
+            raise NeedsValuesError(origins, f"{func} needs values: {error}") from error
+        only = inputs[0] if len(inputs) == 1 and not inputs[0].is_derived else None
+
+        def wrap(x: torch.Tensor) -> RecordingTensor:
+            if only is not None and _same_storage(x, only.meta) and x.dtype == only.meta.dtype:
+                return RecordingTensor(x, origins, self, casts=only.casts, is_relaid=only.is_relaid)
+            return RecordingTensor(x, origins, self, is_derived=True)
+
+        return tree_map_only(torch.Tensor, wrap, result)
+
+    def _fall_back(self, destination: Any, origins: frozenset[str]) -> None:
+        self.recording.fallback |= origins
+        if isinstance(destination, torch.Tensor) and not isinstance(destination, RecordingTensor):
+            self.recording.fallback_parameters.add(self.parameter_at(destination) or "")
+
+    def _copy(self, destination: torch.Tensor, source: RecordingTensor) -> None:
+        parameter = self.parameter_at(destination)
+        # A widening to float32 keeps all values; a narrowing to what the parameter has is what the copy itself does.
+        plain = (
+            parameter is not None
+            and not source.is_derived
+            and destination.dtype in DTYPE_NAMES
+            and all(cast in (destination.dtype, torch.float32) for cast in source.casts)
+        )
+        if plain and source.shape != destination.shape and source.numel() != destination.numel():
+            plain = False  # a broadcast
+        if not plain:
+            self._fall_back(destination, source.origins)
+            return
+        if not destination.numel():
+            return
+        (weight,) = source.origins
+        view = source.meta.view(destination.shape) if source.shape != destination.shape else source.meta
+        self.recording.copies.append(
+            RecordedCopy(
+                weight=weight,
+                sizes=tuple(destination.shape),
+                src_offset=view.storage_offset(),
+                src_strides=tuple(view.stride()),
+                dst_address=destination.data_ptr(),
+                dst_strides=tuple(destination.stride()),
+                dst_dtype=DTYPE_NAMES[destination.dtype],
+                parameter=parameter or "",
+            )
+        )
+
+
+def all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers; one storage may appear under several names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _is_shape_error(error: Exception) -> bool:
+    text = str(error)
+    return any(sign in text for sign in ("size", "shape", "dimension", "length", "out of range", "split")) and not any(
+        sign in text for sign in ("meta", "item()", "data-dependent")
+    )
+
+
+def _culprits(trace: TracebackType | None) -> list[RecordingTensor]:
+    """The stand-in that the innermost frame of a failed loader was working on."""
+    found: list[RecordingTensor] = []
+    while trace is not None:
+        local = [v for v in trace.tb_frame.f_locals.values() if isinstance(v, RecordingTensor)]
+        if local and trace.tb_frame.f_globals.get("__name__", "").startswith("sglang"):
+            found = local[:1]
+        trace = trace.tb_next
+    return found

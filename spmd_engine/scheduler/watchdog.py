@@ -1,0 +1,115 @@
+"""The thread of a scheduler process that watches its trainer rank and its peers, and reports the first failure.
+
+It must not wait for the main thread, which may sit in a collective of SGLang for ever once a peer is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+from spmd_engine.channel import Channel, ChannelClosed, Failed
+from spmd_engine.errors import ErrorReport
+from spmd_engine.links import Links, recv_frame
+
+
+class Watchdog(threading.Thread):
+    """Ends this process, with a report to its trainer rank and to all peers, when one of them is gone.
+
+    Args:
+        rank: this process's global rank.
+        channel: to the trainer rank.
+        trainer_pid: process id of the trainer rank.
+    """
+
+    def __init__(self, rank: int, channel: Channel, trainer_pid: int) -> None:
+        super().__init__(name="spmd_engine-watchdog", daemon=True)
+        self.rank = rank
+        self.departed: set[int] = set()  # ranks that shut their engine down
+        self.is_generating: Callable[[], bool] = lambda: False
+        self._channel = channel
+        self._trainer_pid = trainer_pid
+        self._links: list[Links] = []
+        self._dying = threading.Lock()
+        self._wake_read, self._wake_write = os.pipe()
+        try:
+            self._trainer = os.pidfd_open(trainer_pid)
+        except OSError:
+            self._trainer = -1
+        if os.getppid() != trainer_pid:
+            os._exit(1)
+
+    def add_links(self, links: Links) -> None:
+        """Watch these links, too."""
+        self._links.append(links)
+        os.write(self._wake_write, b"+")
+
+    def run(self) -> None:
+        while True:
+            poller = select.poll()
+            poller.register(self._wake_read, select.POLLIN)
+            poller.register(self._channel, select.POLLRDHUP)
+            if self._trainer >= 0:
+                poller.register(self._trainer, select.POLLIN)
+            peers = {}
+            for links in self._links:
+                for member, sock in links.alarms.items():
+                    if member not in self.departed:
+                        poller.register(sock, select.POLLIN)
+                        peers[sock.fileno()] = (links, member, sock)
+            for fd, _ in poller.poll():
+                if fd == self._wake_read:
+                    os.read(fd, 1)
+                elif fd in (self._trainer, self._channel.fileno()):
+                    self._trainer_gone()
+                else:
+                    self._hear(*peers[fd])
+
+    def _hear(self, links: Links, member: int, sock: socket.socket) -> None:
+        try:
+            sock.settimeout(1.0)
+            news, _ = recv_frame(sock)
+        except (EOFError, OSError, ValueError, json.JSONDecodeError):
+            self.die(
+                ErrorReport("SchedulerDiedError", f"the scheduler process of rank {member} ended unexpectedly", member)
+            )
+            return
+        if links.rank == links.hub:
+            links.alarm(news, skip=member)
+        if "bye" in news:
+            self.departed.add(int(news["bye"]))
+            if self.is_generating():
+                self.die(ErrorReport("EngineClosedError", f"rank {news['bye']} shut its engine down in the middle of a call"))
+        else:
+            self.die(ErrorReport(str(news["kind"]), str(news["message"]), int(news["rank"])), forward=False)
+
+    def _trainer_gone(self) -> None:
+        # A trainer that goes away after `Shutdown` does no harm: the main thread ends this process by itself.
+        message = f"the trainer process of rank {self.rank} (pid {self._trainer_pid}) ended"
+        self.die(ErrorReport("SchedulerDiedError", message, self.rank))
+
+    def die(self, error: ErrorReport, *, forward: bool = True) -> None:
+        """Report `error` to the trainer rank and, unless it came from there, to the peers; then end this process."""
+        if not self._dying.acquire(blocking=False):
+            threading.Event().wait()  # another thread is reporting an earlier failure
+        if forward:
+            for links in self._links:
+                links.alarm({"kind": error.kind, "message": error.message, "rank": error.rank})
+        try:
+            self._channel.send(Failed(error))
+        except ChannelClosed:
+            pass
+        print(f"[spmd_engine] rank {self.rank} ends: {error.kind}: {error.message}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def leave(self) -> None:
+        """Tell the peers that this process ends because its trainer rank said so; then end it."""
+        self._dying.acquire()
+        for links in self._links:
+            links.alarm({"bye": self.rank})
+        os._exit(0)

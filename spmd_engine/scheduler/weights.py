@@ -1,0 +1,328 @@
+"""The scheduler process's side of `update_weights`: record and plan once, then copy, then commit on all ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from spmd_engine import _native, coverage
+from spmd_engine.channel import Start
+from spmd_engine.errors import ErrorReport, PlanError, SpmdEngineError, TransferError, WeightsInconsistentError
+from spmd_engine.layout import SourceLayout, Weight, contiguous_strides
+from spmd_engine.links import Frame
+from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan
+from spmd_engine.scheduler import adapter
+from spmd_engine.scheduler.conversion import Conversion
+from spmd_engine.scheduler.recorder import DTYPE_NAMES, DTYPES, Recorder, Recording
+from spmd_engine.stats import UpdateStats
+
+logger = logging.getLogger(__name__)
+
+Exchange = Callable[[dict[str, Any], bytes], list[Frame]]
+_MAX_THREADS = 8
+_NAMES_SHOWN = 5
+
+
+@dataclass
+class _Prepared:
+    """What the first update with a layout leaves for the later ones."""
+
+    layout: SourceLayout
+    plan: TransferPlan
+    buffers: dict[str, torch.Tensor]  # whole weights for the fallback
+    converted: frozenset[str]  # those of them that the loader knows under other names
+    used: dict[str, tuple[int, int]]
+    record_s: float
+    plan_s: float
+    table: np.ndarray | None = None  # with addresses
+    pids: list[int] = field(default_factory=list)
+
+
+class WeightsKeeper:
+    """Owns the weights of one scheduler process: their version, the plans, and whether they are consistent."""
+
+    def __init__(self, scheduler: Any, start: Start) -> None:
+        self.version = 0
+        self._scheduler, self._rank = scheduler, start.rank
+        self._layouts: dict[str, tuple[SourceLayout, frozenset[str]]] = {}
+        self._prepared: dict[str, _Prepared] = {}
+        self._addresses: dict[int, tuple[str, int, np.ndarray]] = {}  # rank -> layout key, pid, addresses
+        self._broken: str | None = None
+        self._conversion = Conversion(adapter.hf_config_of(scheduler))
+
+    def check_consistent(self) -> None:
+        """Raise if the last update failed half-way."""
+        if self._broken is not None:
+            raise WeightsInconsistentError(self._broken)
+
+    def update(self, payload: dict[str, Any], exchange: Exchange) -> UpdateStats:
+        """One collective weight update.
+
+        Args:
+            payload: from `spmd_engine.updates`.
+            exchange: all-gather over the scheduler processes of `payload["ranks"]`; also a barrier.
+
+        Raises:
+            PlanError: nothing was written.
+            TransferError: the copy failed on some rank; `generate` refuses until an update succeeds.
+        """
+        began = time.monotonic()
+        ranks, key = tuple(payload["ranks"]), payload["key"]
+        if payload["layout"] is not None:
+            self._layouts[key] = (payload["layout"], payload["optional"])
+        is_new = key not in self._prepared
+        moved = self._share_addresses(payload, is_new, exchange)
+        waited = time.monotonic()
+        if any(header["is_new"] for header in moved):
+            self._prepare_together(key, ranks, exchange)
+        prepared = self._prepared[key]
+        self._bind(prepared, ranks)
+
+        copying = time.monotonic()
+        wrong: list[int] = []
+        error = self._attempt(lambda: wrong.extend(self._copy(prepared, verify=payload["verify"])))
+        copied = time.monotonic()
+        self._finish(exchange({"error": error}, b""), ranks)
+        return UpdateStats(
+            weight_version=self.version,
+            planned=is_new,
+            local_bytes=prepared.plan.local_bytes,
+            remote_bytes=prepared.plan.remote_bytes,
+            block_copies=len(prepared.plan.table),
+            fallback_weights=tuple(sorted(prepared.buffers)),
+            wrong_elements=wrong[0] if wrong else None,
+            record_s=prepared.record_s if is_new else 0.0,
+            plan_s=prepared.plan_s if is_new else 0.0,
+            wait_s=waited - began,
+            copy_s=copied - copying,
+        )
+
+    # ---- before the copy ----
+
+    def _share_addresses(self, payload: dict[str, Any], is_new: bool, exchange: Exchange) -> list[dict[str, Any]]:
+        """Tell all ranks where this rank's shards are, if they moved. All shards are final when this returns."""
+        addresses = payload["addresses"]
+        header = {"rank": self._rank, "pid": payload["pid"], "is_new": is_new, "moved": addresses is not None}
+        frames = exchange(header, b"" if addresses is None else addresses.tobytes())
+        for sent, blob in frames:
+            if sent["moved"]:
+                self._addresses[sent["rank"]] = (payload["key"], sent["pid"], np.frombuffer(blob, dtype=np.uint64))
+                for prepared in self._prepared.values():
+                    prepared.table = None
+        return [sent for sent, _ in frames]
+
+    def _bind(self, prepared: _Prepared, ranks: tuple[int, ...]) -> None:
+        if prepared.table is not None:
+            return
+        table = prepared.plan.bind({rank: addresses for rank, (_, _, addresses) in self._addresses.items()})
+        table["source"] = np.searchsorted(sorted(ranks), prepared.plan.rank)
+        prepared.pids = [self._addresses[rank][1] for rank in sorted(ranks)]
+        prepared.table = table
+
+    def _prepare_together(self, key: str, ranks: tuple[int, ...], exchange: Exchange) -> None:
+        """Record and plan on all ranks; none keeps a plan that another could not make."""
+        made: list[_Prepared] = []
+        error = self._attempt(lambda: made.append(self._prepare(key)))
+        used = made[0].used if made else {}
+        frames = exchange({"error": error}, json.dumps(used).encode())
+        _raise_first(frames, ranks)
+        layout, optional = self._layouts[key]
+        _check_all_used(layout, optional, [json.loads(blob) for _, blob in frames])
+        self._prepared[key] = made[0]
+
+    def _prepare(self, key: str) -> _Prepared:
+        layout, _ = self._layouts[key]
+        model = adapter.model_of(self._scheduler)
+        began = time.monotonic()
+        recording, converted = _record(model, layout, self._conversion)
+        fallback = recording.fallback | _cover(model, recording)
+        copies = [c for c in coverage.last_of_duplicates(recording.copies) if c.weight not in fallback]
+        recorded = time.monotonic()
+        by_name = {weight.name: weight for weight in layout.weights}
+        buffers = {name: torch.empty(by_name[name].shape, dtype=DTYPES[by_name[name].dtype]) for name in fallback}
+        whole = [_whole(by_name[name], buffer) for name, buffer in sorted(buffers.items())]
+        plan = build_plan(layout, [*copies, *whole], rank=self._rank)
+        used = {**coverage.reach(copies), **coverage.reach(whole)}
+        return _Prepared(
+            layout=layout,
+            plan=plan,
+            buffers=buffers,
+            converted=converted & frozenset(fallback),
+            used=used,
+            record_s=recorded - began,
+            plan_s=time.monotonic() - recorded,
+        )
+
+    # ---- the copy and after ----
+
+    def _copy(self, prepared: _Prepared, *, verify: bool) -> list[int]:
+        """Run the plan and the fallback; the number of wrong elements if `verify`."""
+        assert prepared.table is not None
+        threads = _threads(prepared.pids)
+        wrong = []
+        try:
+            _native.copy_cpu(prepared.table, pids=prepared.pids, threads=threads)
+            if verify:  # before the fallback, whose loaders may work in place
+                result = _native.compare_cpu(prepared.table, pids=prepared.pids, threads=threads)
+                wrong.append(result.wrong_elements)
+        except _native.NativeError as error:
+            raise TransferError(f"rank {self._rank} could not read a shard: {error}") from error
+        model = adapter.model_of(self._scheduler)
+        if prepared.buffers:
+            direct = {n: t for n, t in prepared.buffers.items() if n not in prepared.converted}
+            turned = {n: t for n, t in prepared.buffers.items() if n in prepared.converted}
+            with torch.no_grad():
+                model.load_weights(iter({**direct, **self._conversion.to_checkpoint(turned)}.items()))  # type: ignore[operator]
+        adapter.refresh_derived(model)
+        return wrong
+
+    def _attempt(self, action: Callable[[], object]) -> list[str] | None:
+        """Run `action`; its failure as [kind, message], for all ranks to hear before any of them raises."""
+        try:
+            action()
+        except SpmdEngineError as error:
+            return [type(error).__name__, str(error)]
+        except Exception as error:
+            logger.exception("weight update failed")
+            return ["TransferError", f"rank {self._rank}: {type(error).__name__}: {error}"]
+        return None
+
+    def _finish(self, frames: list[Frame], ranks: tuple[int, ...]) -> None:
+        tried = self.version + 1
+        try:
+            _raise_first(frames, ranks)
+        except SpmdEngineError as error:
+            self._broken = (
+                f"weight version {tried} failed half-way on some rank, so the weights are a mixture: {error}. "
+                "Call update_weights again before generate"
+            )
+            raise
+        self._broken = None
+        self.version = tried
+        adapter.flush_cache(self._scheduler)
+
+
+def _record(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion) -> tuple[Recording, frozenset[str]]:
+    """Record how the model loads the weights of a layout.
+
+    Weights that the loader passes over under the trainer's names are offered once more in the checkpoint's form:
+    transformers keeps some of them fused or renamed in memory (experts, since version 5).
+    """
+    recorder = Recorder(model)
+    stand_ins = {weight.name: recorder.stand_in(weight) for weight in layout.weights}
+    recording = recorder.run(list(stand_ins.items()))
+    used = recording.used()
+    unused = {name: tensor for name, tensor in stand_ins.items() if name not in used}
+    views = conversion.to_checkpoint(unused)
+    renamed = {name: tensor for name, tensor in views.items() if name not in unused}
+    if not renamed:
+        return recording, frozenset()
+    second = Recorder(model)
+    for tensor in renamed.values():
+        tensor.recorder = second
+    more = second.run(list(renamed.items()))
+    return (
+        Recording(
+            copies=recording.copies + more.copies,
+            fallback=recording.fallback | more.fallback,
+            fallback_parameters=recording.fallback_parameters | more.fallback_parameters,
+            is_blind=recording.is_blind or more.is_blind,
+            constants=recording.constants + more.constants,
+        ),
+        frozenset(unused),
+    )
+
+
+def _cover(model: torch.nn.Module, recording: Recording) -> set[str]:
+    """Weights to send through the fallback, so that every element of every parameter is written exactly once.
+
+    Raises:
+        PlanError: a parameter that no weight of the source reaches, or only in part.
+    """
+    regions: dict[str, list[coverage.Region]] = {}
+    touching: dict[str, set[str]] = {}
+    for copy in recording.copies:
+        regions.setdefault(copy.parameter, []).append(coverage.region_of(copy))
+        touching.setdefault(copy.parameter, set()).add(copy.weight)
+    fallback: set[str] = set()
+    missing: list[str] = []
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dtype not in DTYPE_NAMES or not parameter.numel() or parameter.data_ptr() in seen:
+            continue
+        seen.add(parameter.data_ptr())
+        if name in recording.fallback_parameters:
+            continue  # the model's own loader decides
+        base, size = parameter.data_ptr(), parameter.numel() * parameter.element_size()
+        constant = [region for region in recording.constants if base <= region[0] < base + size]
+        written = [*regions.get(name, []), *constant]
+        left = (
+            coverage.uncovered(written, base, parameter.element_size(), tuple(parameter.shape))
+            if parameter.is_contiguous()
+            else None
+        )
+        if left is None and name in touching:
+            fallback |= touching[name]
+        elif left != 0 and not (recording.is_blind and name not in touching):
+            part = "" if name not in touching else f"{left} of the {parameter.numel()} elements of "
+            missing.append(f"{part}{name} {list(parameter.shape)}")
+    if missing:
+        more = len(missing) - _NAMES_SHOWN
+        raise PlanError(
+            f"the source has no weight for {', '.join(missing[:_NAMES_SHOWN])}{f' and {more} more' if more > 0 else ''}; "
+            "pass the whole model: every parameter of the engine must be covered"
+        )
+    return fallback
+
+
+def _whole(weight: Weight, buffer: torch.Tensor) -> RecordedCopy:
+    return RecordedCopy(
+        weight=weight.name,
+        sizes=weight.shape,
+        src_offset=0,
+        src_strides=contiguous_strides(weight.shape),
+        dst_address=buffer.data_ptr(),
+        dst_strides=contiguous_strides(weight.shape),
+        dst_dtype=weight.dtype,
+        parameter=f"the fallback buffer of {weight.name}",
+    )
+
+
+def _check_all_used(layout: SourceLayout, optional: frozenset[str], used: list[dict[str, list[int]]]) -> None:
+    """Refuse weights that no rank reads, or reads only in part: the engine's model is another one than the trainer's."""
+    for weight in layout.weights:
+        ranges = [ranks[weight.name] for ranks in used if weight.name in ranks]
+        if not ranges:
+            if weight.name in optional:
+                continue
+            raise PlanError(
+                f"the engine does not know weight {weight.name!r} {list(weight.shape)}: "
+                "leave it out of the source, or start the engine with the model that has it"
+            )
+        last = math.prod(weight.shape) - 1
+        if min(low for low, _ in ranges) > 0 or max(high for _, high in ranges) < last:
+            raise PlanError(
+                f"weight {weight.name!r} has another shape than the engine expects: of {list(weight.shape)} it reads "
+                f"only elements {min(low for low, _ in ranges)} to {max(high for _, high in ranges)} of 0 to {last}"
+            )
+
+
+def _raise_first(frames: list[Frame], ranks: tuple[int, ...]) -> None:
+    for rank, (header, _) in zip(ranks, frames, strict=True):
+        if header["error"] is not None:
+            kind, message = header["error"]
+            raise ErrorReport(kind, message, rank).to_exception()
+
+
+def _threads(sharers: Any) -> int:
+    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // max(1, len(sharers))))
+

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel and memory handles, with the assertions of tests/native/test_copy_cpu.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native.blocks import (
+    CASTS,
+    LARGE_BLOCKS,
+    REPEATABLE,
+    Case,
+    bits_dtype,
+    build_case,
+    cases,
+    cast_bits,
+    corrupt,
+    values_to_cast,
+)
+
+from spmd_engine import _native
+from spmd_engine._native import BLOCK_COPY_DTYPE, CompareResult, CopyTable, ElementType
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not _native.has_cuda(), reason="spmd_engine was built without CUDA"),
+]
+
+
+def on_device(content: np.ndarray, misaligned: int = 0) -> torch.Tensor:
+    memory = torch.empty(content.nbytes + misaligned, dtype=torch.uint8, device="cuda")[misaligned:]
+    memory.copy_(torch.from_numpy(content.view(np.uint8)))
+    return memory
+
+
+def check_copy_and_compare(
+    case: Case, seed: int, *, tile_bytes: int = 65536, blocks_per_sm: int = 2, misaligned: tuple[int, int] = (0, 0)
+) -> None:
+    expected = case.expected()
+    src, dst = on_device(case.src, misaligned[0]), on_device(case.dst, misaligned[1])
+    remote = np.random.default_rng(seed).integers(0, 2, len(case.table)).astype(bool)
+    with CopyTable(
+        case.at(src.data_ptr(), dst.data_ptr()),
+        device=0,
+        remote=remote,
+        blocks_per_sm=blocks_per_sm,
+        tile_bytes=tile_bytes,
+    ) as table:
+        stream = torch.cuda.current_stream().cuda_stream
+        table.launch(stream=stream)
+        assert np.array_equal(dst.cpu().numpy(), expected)
+        assert table.elapsed_ms() >= 0
+        assert table.compare(stream=stream) == CompareResult(wrong_elements=0, first=None)
+
+        case.dst[:] = expected
+        wrong = corrupt(case, seed)
+        dst.copy_(torch.from_numpy(case.dst))
+        result = table.compare(stream=stream)
+        assert result == CompareResult(wrong_elements=len(wrong), first=min(wrong, default=None))
+
+
+@settings(REPEATABLE, max_examples=150)
+@given(
+    case=cases(),
+    seed=st.integers(0, 2**32 - 1),
+    tile_bytes=st.sampled_from([16, 1000, 4096, 65536]),
+    misaligned=st.tuples(st.integers(0, 17), st.integers(0, 17)),
+)
+def test_random_tables(case: Case, seed: int, tile_bytes: int, misaligned: tuple[int, int]) -> None:
+    check_copy_and_compare(case, seed, tile_bytes=tile_bytes, misaligned=misaligned)
+
+
+@pytest.mark.parametrize("blocks_per_sm", [1, 2, 64])
+@pytest.mark.parametrize("misaligned", [(0, 0), (2, 4), (3, 9)])
+def test_blocks_larger_than_a_tile(blocks_per_sm: int, misaligned: tuple[int, int]) -> None:
+    case = build_case(LARGE_BLOCKS, seed=blocks_per_sm)
+    check_copy_and_compare(case, blocks_per_sm, blocks_per_sm=blocks_per_sm, misaligned=misaligned)
+
+
+@pytest.mark.parametrize(("src_type", "dst_type"), CASTS)
+def test_every_value_casts_as_torch_casts_it(src_type: ElementType, dst_type: ElementType) -> None:
+    values = values_to_cast(src_type)
+    src, dst = on_device(values), on_device(np.zeros(len(values), bits_dtype(dst_type)))
+    table = np.zeros(1, BLOCK_COPY_DTYPE)
+    table[0] = (src.data_ptr(), dst.data_ptr(), 1, len(values), 0, 0, 0, src_type, dst_type)
+    with CopyTable(table, device=0) as copies:
+        copies.launch(stream=torch.cuda.current_stream().cuda_stream)
+        got = dst.cpu().numpy().view(bits_dtype(dst_type))
+    assert np.array_equal(got, cast_bits(values, src_type, dst_type))
+
+
+def test_launches_are_ordered_with_their_stream() -> None:
+    src = torch.zeros(1 << 24, dtype=torch.float32, device="cuda")
+    dst = torch.full_like(src, -1)
+    table = np.zeros(1, BLOCK_COPY_DTYPE)
+    table[0] = (src.data_ptr(), dst.data_ptr(), 1, src.numel(), 0, 0, 0, ElementType.F32, ElementType.F32)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with CopyTable(table, device=0) as copies, torch.cuda.stream(stream):
+        for value in range(1, 20):
+            src.fill_(value)
+            copies.launch(stream=stream.cuda_stream)
+            last = dst.clone()
+        stream.synchronize()
+        assert (last == 19).all()
+
+
+def test_patch_moves_addresses_and_refuses_other_shapes() -> None:
+    src = [torch.full((1000,), value, dtype=torch.bfloat16, device="cuda") for value in (1.0, 2.0)]
+    dst = [torch.zeros(1000, dtype=torch.float32, device="cuda") for _ in range(2)]
+    table = np.zeros(1, BLOCK_COPY_DTYPE)
+    table[0] = (src[0].data_ptr(), dst[0].data_ptr(), 10, 100, 200, 400, 0, ElementType.BF16, ElementType.F32)
+    with CopyTable(table, device=0) as copies:
+        assert copies.bytes_read == 2000
+        copies.launch()
+        table["src"], table["dst"] = src[1].data_ptr(), dst[1].data_ptr()
+        copies.patch(table)
+        copies.launch()
+        torch.cuda.synchronize()
+        assert (dst[0] == 1).all() and (dst[1] == 2).all()
+        table["rows"] = 9
+        with pytest.raises(_native.TableError, match="block 0: a patch may change"):
+            copies.patch(table)
+    copies.close()
+    with pytest.raises(_native.NativeError, match="closed"):
+        copies.launch()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"src": 0}, "block 1: src is null"),
+        ({"dst": 0}, "block 1: dst is null"),
+        ({"src_dtype": 7}, "block 1: src_dtype 7"),
+        ({"src_dtype": ElementType.F32, "dst_dtype": ElementType.RAW32}, "block 1: cannot cast"),
+        ({"dst_pitch": 7}, "block 1: destination rows of 8 bytes overlap"),
+    ],
+)
+def test_tables_that_must_not_be_executed(fields: dict[str, int], message: str) -> None:
+    table = np.zeros(2, BLOCK_COPY_DTYPE)
+    table[:] = (4096, 8192, 4, 8, 8, 8, 0, ElementType.RAW8, ElementType.RAW8)
+    for name, value in fields.items():
+        table[name][1] = value
+    with pytest.raises(_native.TableError, match=message):
+        CopyTable(table, device=0)
+
+
+def test_other_bad_arguments() -> None:
+    table = np.zeros(1, BLOCK_COPY_DTYPE)
+    for arguments in ({"blocks_per_sm": 0}, {"tile_bytes": 8}, {"remote": [True, False]}):
+        with pytest.raises(_native.TableError, match=next(iter(arguments))):
+            CopyTable(table, device=0, **arguments)
+    with pytest.raises(_native.CudaError) as caught:
+        CopyTable(table, device=4096)
+    assert caught.value.name == "cudaErrorInvalidDevice"
+
+
+# Opens a handle, sums some elements of what it names, and closes it, twice.
+OPENER = """
+import sys
+import numpy as np
+import torch
+from spmd_engine import _native
+handle, offset, count = bytes.fromhex(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+base = _native.open_handle(handle, device=0)
+here = torch.zeros(count, dtype=torch.int32, device="cuda")
+table = np.zeros(1, _native.BLOCK_COPY_DTYPE)
+table[0] = (base + offset, here.data_ptr(), 1, count, 0, 0, 0, 5, 5)
+with _native.CopyTable(table, device=0) as copies:
+    copies.launch(stream=torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+print(int(here.sum()), _native.device_uuid(0))
+_native.close_handle(base)
+try:
+    _native.close_handle(base)
+except _native.NativeError as error:
+    print(error)
+"""
+
+
+def test_another_process_opens_an_exported_allocation() -> None:
+    memory = torch.arange(1 << 20, dtype=torch.int32, device="cuda")
+    exported = _native.export_allocation(memory[5000:].data_ptr())
+    assert len(exported.handle) == 64
+    assert exported.base <= memory.data_ptr()
+    assert memory.data_ptr() + memory.nbytes <= exported.base + exported.size
+    torch.cuda.synchronize()
+    offset = memory[5000:].data_ptr() - exported.base
+    arguments = [exported.handle.hex(), str(offset), "7000"]
+    done = subprocess.run([sys.executable, "-c", OPENER, *arguments], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == f"{sum(range(5000, 12000))} {_native.device_uuid(0)}"
+    assert "is closed" in second
+    assert _native.device_uuid(0) == f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
+def test_handles_that_cannot_be() -> None:
+    host = np.zeros(16, np.uint8)
+    with pytest.raises(_native.NotExportableError, match="no device memory"):
+        _native.export_allocation(host.ctypes.data)
+    with pytest.raises(_native.NativeError, match="64 bytes, got 3"):
+        _native.open_handle(b"abc", device=0)
+    with pytest.raises(_native.NativeError, match="was not returned by open_handle"):
+        _native.close_handle(4096)
+
+
+EXPANDABLE = """
+import os
+os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+import torch
+from spmd_engine import _native
+memory = torch.zeros(1 << 20, device="cuda")
+try:
+    _native.export_allocation(memory.data_ptr())
+except _native.NotExportableError as error:
+    print(error)
+"""
+
+
+def test_expandable_segments_are_refused_with_advice() -> None:
+    done = subprocess.run([sys.executable, "-c", EXPANDABLE], capture_output=True, text=True, check=True)
+    assert "expandable_segments" in done.stdout

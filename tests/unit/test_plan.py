@@ -1,0 +1,190 @@
+"""The planner against brute force: scatter a weight over ranks, plan, copy, compare every element."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spmd_engine import _native
+from spmd_engine.errors import PlanError
+from spmd_engine.layout import Mesh, Replicate, Shard, SourceLayout, Weight, contiguous_strides, pieces
+from spmd_engine.plan import RecordedCopy, build_plan
+
+CASES = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@st.composite
+def layouts(draw):
+    """A weight, and a mesh of ranks that shares it by random placements."""
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    mesh_shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2)))
+    ranks = tuple(draw(st.permutations(range(math.prod(mesh_shape)))))
+    placements = tuple(
+        draw(st.one_of(st.just(Replicate()), st.builds(Shard, st.integers(0, len(shape) - 1)))) for _ in mesh_shape
+    )
+    dtype = draw(st.sampled_from(list(DTYPES)))
+    weight = Weight("w", shape, dtype, 0, placements)
+    return SourceLayout((weight,), (Mesh(mesh_shape, ranks),))
+
+
+def scatter(layout: SourceLayout, full: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The shard of every rank, as FSDP would hold it."""
+    mesh = layout.meshes[0]
+    shards = {rank: torch.empty(0, dtype=full.dtype) for rank in mesh.ranks}
+    for piece in pieces(layout.weights[0].shape, mesh, layout.weights[0].placements):
+        at = tuple(slice(s, s + n) for s, n in zip(piece.box.start, piece.box.size, strict=True))
+        for rank in piece.ranks:
+            shards[rank] = full[at].contiguous()
+    return shards
+
+
+def run(layout, copies, shards, rank) -> int:
+    """Plan and copy for `rank`; the number of bytes read."""
+    plan = build_plan(layout, copies, rank=rank)
+    addresses = {r: np.array([t.data_ptr()], dtype=np.uint64) for r, t in shards.items()}
+    table = plan.bind(addresses)
+    assert _native.copy_cpu(table, pids=[0]).bytes_read == plan.local_bytes + plan.remote_bytes
+    assert _native.compare_cpu(table, pids=[0]).wrong_elements == 0
+    return plan.local_bytes + plan.remote_bytes
+
+
+def random_weight(layout: SourceLayout, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(layout.weights[0].shape, generator=generator).to(DTYPES[layout.weights[0].dtype])
+
+
+def view_of(draw, full: torch.Tensor) -> torch.Tensor:
+    """A random chain of the view operations that loaders use."""
+    view = full
+    for _ in range(draw(st.integers(0, 4))):
+        kind = draw(st.sampled_from(["narrow", "transpose", "chunk", "select", "reshape", "flatten", "step"]))
+        dim = draw(st.integers(0, view.ndim - 1)) if view.ndim else 0
+        if kind == "narrow" and view.ndim:
+            start = draw(st.integers(0, view.shape[dim] - 1))
+            view = view.narrow(dim, start, draw(st.integers(1, view.shape[dim] - start)))
+        elif kind == "transpose" and view.ndim > 1:
+            view = view.transpose(dim, (dim + 1) % view.ndim)
+        elif kind == "chunk" and view.ndim and view.shape[dim] % 2 == 0:
+            view = view.chunk(2, dim)[draw(st.integers(0, 1))]
+        elif kind == "select" and view.ndim > 1:
+            view = view.select(dim, draw(st.integers(0, view.shape[dim] - 1)))
+        elif kind == "reshape" and view.ndim:
+            factors = [n for n in range(1, view.shape[dim] + 1) if view.shape[dim] % n == 0]
+            inner = draw(st.sampled_from(factors))
+            view = view.unflatten(dim, (view.shape[dim] // inner, inner))
+        elif kind == "flatten" and view.is_contiguous():
+            view = view.reshape(-1)
+        elif kind == "step" and view.ndim and view.shape[dim] % 2 == 0:
+            view = view[(slice(None),) * dim + (slice(draw(st.integers(0, 1)), None, 2),)]
+    return view
+
+
+@CASES
+@given(st.data())
+def test_any_view_into_any_parameter_matches_torch(data):
+    layout = data.draw(layouts())
+    full = random_weight(layout, data.draw(st.integers(0, 1000)))
+    view = view_of(data.draw, full)
+    parameter = torch.full((math.prod(view.shape) * 2 + 7,), 7.0, dtype=DTYPES[data.draw(st.sampled_from(list(DTYPES)))])
+    order = data.draw(st.permutations(range(view.ndim)))
+    offset = data.draw(st.integers(0, 5))
+    # The destination: dimensions in another order (a transposed parameter), with a gap after each row (a stack).
+    extents = [view.shape[d] for d in order]
+    gap = data.draw(st.integers(0, 1)) if view.ndim > 1 and math.prod(extents) else 0
+    strides = [0] * view.ndim
+    step = 1
+    for d, extent in reversed(list(zip(order, extents, strict=True))):
+        strides[d] = step
+        step *= extent + (gap if step == 1 else 0)
+    if offset + step > parameter.numel():
+        parameter = torch.full((offset + step,), 7.0, dtype=parameter.dtype)
+    expected = parameter.clone()
+    expected.as_strided(view.shape, strides, offset).copy_(view)
+    target = parameter.as_strided(view.shape, strides, offset)
+    copy = RecordedCopy(
+        weight="w",
+        sizes=tuple(view.shape),
+        src_offset=view.storage_offset(),
+        src_strides=tuple(view.stride()),
+        dst_address=target.data_ptr(),
+        dst_strides=tuple(target.stride()),
+        dst_dtype=str(parameter.dtype).removeprefix("torch."),
+        parameter="p",
+    )
+    shards = scatter(layout, full)
+    rank = data.draw(st.sampled_from(layout.meshes[0].ranks))
+    moved = run(layout, [copy], shards, rank)
+    assert torch.equal(parameter.view(torch.uint8), expected.view(torch.uint8))
+    # A byte moves once: the elements of the view, each read from exactly one rank.
+    assert moved == view.numel() * full.element_size()
+
+
+@CASES
+@given(layouts())
+def test_pieces_tile_the_weight_exactly(layout):
+    weight, mesh = layout.weights[0], layout.meshes[0]
+    count = np.zeros(weight.shape, dtype=int)
+    holders = set()
+    for piece in pieces(weight.shape, mesh, weight.placements):
+        count[tuple(slice(s, s + n) for s, n in zip(piece.box.start, piece.box.size, strict=True))] += 1
+        holders |= set(piece.ranks)
+    assert (count == 1).all()
+    assert holders <= set(mesh.ranks)
+
+
+@pytest.mark.parametrize(("extent", "parts"), [(10, 4), (3, 4), (1, 2), (7, 7), (8, 3)])
+def test_uneven_shards_are_torch_chunks(extent, parts):
+    weight = Weight("w", (extent, 2), "float32", 0, (Shard(0),))
+    mesh = Mesh((parts,), tuple(range(parts)))
+    chunks = torch.arange(extent).chunk(parts)
+    found = {p.ranks[0]: (p.box.start[0], p.box.size[0]) for p in pieces(weight.shape, mesh, weight.placements)}
+    assert found == {i: (int(c[0]), len(c)) for i, c in enumerate(chunks)}
+
+
+def whole(shape, address=64, name="w", parameter="p"):
+    strides = contiguous_strides(shape)
+    return RecordedCopy(name, shape, 0, strides, address, strides, "float32", parameter)
+
+
+def test_own_shard_is_preferred_and_then_the_nearest_rank():
+    layout = SourceLayout((Weight("w", (4, 4), "float32", 0, (Replicate(),)),), (Mesh((3,), (0, 1, 2)),))
+    plan = build_plan(layout, [whole((4, 4))], rank=1)
+    assert set(plan.rank) == {1} and plan.remote_bytes == 0
+    plan = build_plan(layout, [whole((4, 4))], rank=7, nearness=lambda r: {0: 2, 1: 2, 2: 1}[r])
+    assert set(plan.rank) == {2} and plan.local_bytes == 0
+
+
+def test_a_row_sharded_weight_is_one_row_of_the_table():
+    layout = SourceLayout((Weight("w", (8, 16), "bfloat16", 0, (Shard(0),)),), (Mesh((2,), (0, 1)),))
+    plan = build_plan(layout, [whole((8, 16))], rank=0)
+    assert len(plan.table) == 2
+    assert list(plan.table["rows"]) == [1, 1] and list(plan.table["row_elems"]) == [64, 64]
+
+
+def test_a_missing_weight_is_named():
+    layout = SourceLayout((Weight("w", (4,), "float32", 0, (Shard(0),)),), (Mesh((2,), (0, 1)),))
+    with pytest.raises(PlanError, match=r"'other'.*'layer\.bias'.*lacks it"):
+        build_plan(layout, [whole((4,), name="other", parameter="layer.bias")], rank=0)
+
+
+@pytest.mark.parametrize(("sizes", "strides"), [((4, 4), (0, 1)), ((4, 4), (5, 1)), ((9,), (2,))])
+def test_elements_that_the_weight_does_not_have_are_refused(sizes, strides):
+    layout = SourceLayout((Weight("w", (4, 4), "float32", 0, (Shard(1),)),), (Mesh((2,), (0, 1)),))
+    copy = RecordedCopy("w", sizes, 0, strides, 64, contiguous_strides(sizes), "float32", "p")
+    with pytest.raises(PlanError, match=r"'p' wants elements of weight 'w' \[4, 4\] that it does not have"):
+        build_plan(layout, [copy], rank=0)
+
+
+def test_binding_new_addresses_moves_only_the_sources():
+    layout = SourceLayout((Weight("w", (4, 4), "float32", 0, (Shard(0),)),), (Mesh((2,), (0, 1)),))
+    plan = build_plan(layout, [whole((4, 4))], rank=0)
+    first = plan.bind({0: np.array([1000], np.uint64), 1: np.array([2000], np.uint64)})
+    second = plan.bind({0: np.array([5000], np.uint64), 1: np.array([2000], np.uint64)})
+    assert list(second["src"].astype(int) - first["src"].astype(int)) == [4000, 0]
+    assert (first["dst"] == second["dst"]).all()
