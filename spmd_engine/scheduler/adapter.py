@@ -161,9 +161,16 @@ def hf_config_of(scheduler: Any) -> Any:
 
 
 def checksums(scheduler: Any) -> dict[str, str]:
-    """A digest of the bytes of every parameter and buffer."""
+    """A digest of the bytes of every parameter, every buffer, and every tensor that a module derived from them."""
+    model = model_of(scheduler)
+    derived = [
+        (f"{prefix}.{name}", value)
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    ]
     found = {}
-    for name, tensor in [*model_of(scheduler).named_parameters(), *model_of(scheduler).named_buffers()]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *derived]:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         found[name] = hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
     return found

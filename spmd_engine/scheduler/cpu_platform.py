@@ -40,7 +40,13 @@ if not TYPE_CHECKING and os.environ.get("SGLANG_PLATFORM") == NAME:
         def get_mla_kv_pool_cls(self) -> type:
             from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
-            return MLATokenToKVPool
+            class PlainMlaPool(MLATokenToKVPool):
+                """SGLang passes a plug-in platform's pool one argument more than its own pool takes."""
+
+                def __init__(self, *args: object, index_head_dim: int | None = None, **kwargs: object) -> None:
+                    super().__init__(*args, **kwargs)
+
+            return PlainMlaPool
 
         def get_paged_allocator_cls(self) -> type:
             from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
