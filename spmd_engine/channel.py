@@ -63,7 +63,7 @@ class Start:
     gpu_id: int
     on_cpu: bool
     trainer_pid: int
-    die_with_parent_thread: bool
+    scratch: str
     timeout_s: float
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import tempfile
 import threading
 import time
 import weakref
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from spmd_engine import requests as req
 from spmd_engine.channel import PROTOCOL, Call, ChannelTimeout, Failed, LinkAddress, Ready, Reply, Start
+from spmd_engine.devices import own_gpu, visible_gpus
 from spmd_engine.digest import digest
 from spmd_engine.errors import (
     CollectiveMismatchError,
@@ -25,7 +27,7 @@ from spmd_engine.errors import (
     SchedulerDiedError,
     SpmdEngineError,
 )
-from spmd_engine.process import ProcessDied, SchedulerProcess, child_environment, in_main_thread
+from spmd_engine.process import ProcessDied, SchedulerProcess, child_environment
 from spmd_engine.rendezvous import Meeting, Rendezvous, bounded
 from spmd_engine.stats import UpdateStats
 
@@ -86,6 +88,7 @@ class SpmdEngine:
         self._dead: SpmdEngineError | None = None
         self._model_path = os.fspath(model_path)
         self._server_args = _check_server_args(server_args, self.tp_size)
+        _check_model_path(self._model_path)
         self._tokenizer = self._make_tokenizer()
 
         self._rendezvous = Rendezvous(self._ranks, self._rank, "engine")
@@ -266,24 +269,31 @@ class SpmdEngine:
             self._server_args["skip_tokenizer_init"] = not req.has_tokenizer(path)
         return None if self._server_args["skip_tokenizer_init"] else req.load_tokenizer(path, self._server_args)
 
+    def _on_cpu(self) -> bool:
+        import torch
+
+        return bool(self._server_args.get("device", "cuda" if torch.cuda.device_count() else "cpu") == "cpu")
+
     def _meet(self) -> Meeting:
         arguments = {"model_path": self._model_path, **self._server_args}
         note: dict[str, Any] = {"digest": digest(arguments), "arguments": repr(arguments)[:500]}
+        if not self._on_cpu():
+            note["gpu"] = own_gpu(os.environ)
         if self.is_leader:
             note["seed"] = self._server_args.get("random_seed") or secrets.randbelow(1 << 30)
         meeting = self._rendezvous.meet(note, timeout_s=self._timeout_s, watch=lambda: None)
         try:
             _check_agreement(self._ranks, meeting)
+            self._gpus = visible_gpus(self._ranks, [note.get("gpu") for note in meeting.notes])
         except SpmdEngineError:
             _close_listener(meeting.link)
             raise
         return meeting
 
     def _start_process(self, meeting: Meeting, log_dir: str | os.PathLike[str] | None) -> SchedulerProcess:
-        import torch
-
         loopback = meeting.link.host in ("127.0.0.1", "::1")
-        on_cpu = self._server_args.get("device", "cuda" if torch.cuda.device_count() else "cpu") == "cpu"
+        on_cpu = self._on_cpu()
+        scratch = tempfile.mkdtemp(prefix="spmd-engine-")
         start = Start(
             protocol=PROTOCOL,
             rank=self._rank,
@@ -293,13 +303,15 @@ class SpmdEngine:
             server_args=self._server_args,
             random_seed=meeting.notes[0]["seed"],
             dist_port=meeting.notes[0]["port"],
-            gpu_id=0,
+            gpu_id=0 if on_cpu else self.tp_rank,
             on_cpu=on_cpu,
             trainer_pid=os.getpid(),
-            die_with_parent_thread=in_main_thread(),
+            scratch=scratch,
             timeout_s=self._timeout_s,
         )
-        env = child_environment(os.environ, on_cpu=on_cpu, tp_size=self.tp_size, loopback=loopback)
+        env = child_environment(
+            os.environ, on_cpu=on_cpu, tp_size=self.tp_size, loopback=loopback, scratch=scratch, gpus=self._gpus
+        )
         return SchedulerProcess(start, env=env, log_dir=log_dir)
 
     def _call(
@@ -419,6 +431,12 @@ def _mesh_ranks(mesh: DeviceMesh) -> tuple[tuple[int, ...], int]:
         )
     ranks = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
     return ranks, ranks.index(dist.get_rank())
+
+
+def _check_model_path(path: str) -> None:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not os.path.exists(path):
+        raise ConfigError(f"model path {path!r} does not exist on this host")
 
 
 def _check_server_args(server_args: dict[str, Any], tp_size: int) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +27,12 @@ _LAUNCHER_VARIABLES = {
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
-def child_environment(environ: Mapping[str, str], *, on_cpu: bool, tp_size: int, loopback: bool) -> dict[str, str]:
+def child_environment(
+    environ: Mapping[str, str], *, on_cpu: bool, tp_size: int, loopback: bool, scratch: str, gpus: str = ""
+) -> dict[str, str]:
     """The environment of a scheduler process: made from `environ`, which stays as it is.
 
-    Left out are the launcher's rendezvous variables (with TORCHELASTIC_USE_AGENT_STORE the child would wait for ever
+    It sees `gpus`, a value of CUDA_VISIBLE_DEVICES, whatever its trainer rank sees. Left out are the launcher's rendezvous variables (with TORCHELASTIC_USE_AGENT_STORE the child would wait for ever
     for a store that nobody serves) and expandable segments (SGLang's memory saver refuses them).
     """
     env = {k: v for k, v in environ.items() if k not in _LAUNCHER_VARIABLES and not k.startswith("TORCHELASTIC_")}
@@ -43,9 +46,16 @@ def child_environment(environ: Mapping[str, str], *, on_cpu: bool, tp_size: int,
     env.setdefault("NCCL_NVLS_ENABLE", "0")
     env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     env["PYTHONUNBUFFERED"] = "1"
+    # What SGLang leaves behind in the temporary directory goes with the engine; compiled kernels are kept.
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"))
+    env["TMPDIR"] = scratch
+    # It takes shared memory and a process of its own, for broadcasts that no scheduler of ours makes.
+    env["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
     if loopback:
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if on_cpu:
+    if not on_cpu:
+        env["CUDA_VISIBLE_DEVICES"] = gpus
+    else:
         cores = sorted(os.sched_getaffinity(0))
         env["SGLANG_PLATFORM"] = "spmd_engine"
         env["CUDA_VISIBLE_DEVICES"] = ""
@@ -72,7 +82,8 @@ class SchedulerProcess:
     """A running `python -m spmd_engine.scheduler`, the child of this process.
 
     Args:
-        start: its first message; `start.link.listener_fd`, if any, is handed over and closed here.
+        start: its first message; `start.link.listener_fd`, if any, is handed over and closed here, and
+            `start.scratch` is removed when the process has ended.
         env: its whole environment.
         log_dir: directory for its log; by default the log has no name and vanishes with the two processes.
     """
@@ -80,6 +91,7 @@ class SchedulerProcess:
     def __init__(self, start: Start, *, env: dict[str, str], log_dir: str | os.PathLike[str] | None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.rank = start.rank
+        self._scratch = start.scratch
         self.log: IO[bytes] = _open_log(log_dir, start.rank)
         listener_fd = start.link.listener_fd
         command = [sys.executable, "-m", "spmd_engine.scheduler", str(theirs.fileno())]
@@ -95,6 +107,7 @@ class SchedulerProcess:
         except BaseException:
             ours.close()
             self.log.close()
+            shutil.rmtree(self._scratch, ignore_errors=True)
             raise
         finally:
             theirs.close()
@@ -168,6 +181,7 @@ class SchedulerProcess:
         if self._popen.poll() is None:
             self._popen.kill()
         self._popen.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         self.channel.close()
         self.log.close()
         if self._pidfd >= 0:
@@ -183,7 +197,3 @@ def _open_log(log_dir: str | os.PathLike[str] | None, rank: int) -> IO[bytes]:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return open(directory / f"scheduler-rank{rank}-{stamp}-{os.getpid()}.log", "w+b")
 
-
-def in_main_thread() -> bool:
-    """PDEATHSIG fires when the starting *thread* ends, so it may only be asked for from the main one."""
-    return threading.current_thread() is threading.main_thread()

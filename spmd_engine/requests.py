@@ -130,7 +130,11 @@ def _tokens(prompt: Any, input_ids: Any, tokenizer: Any) -> tuple[list[array[int
             raise InvalidRequestError("prompt is an empty list")
         if not all(isinstance(text, str) for text in texts):
             raise InvalidRequestError("prompt must be a string or a list of strings; images and video are not supported")
-        return [array("q", ids) for ids in tokenizer(texts)["input_ids"]], texts, single
+        arrays = [array("q", ids) for ids in tokenizer(texts)["input_ids"]]
+        for text, ids in zip(texts, arrays, strict=True):
+            if not ids:
+                raise InvalidRequestError(f"prompt {text!r} has no tokens: a prompt needs at least one")
+        return arrays, texts, single
     if hasattr(input_ids, "tolist"):
         input_ids = input_ids.tolist()
     if not isinstance(input_ids, (list, tuple)) or not input_ids:

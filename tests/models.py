@@ -93,3 +93,21 @@ def save_model(name: str, directory: Path, *, seed: int, **overrides: Any) -> Pa
     """Save `make_model(name, seed=seed)` as a checkpoint that SGLang loads from disk."""
     make_model(name, seed=seed, **overrides).save_pretrained(directory)
     return directory
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A byte-level BPE tokenizer of the size of `COMMON`'s vocabulary, of the kind that Qwen2 has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=COMMON["vocab_size"], special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and stops here one two three"] * 9, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import socket
 import sys
@@ -16,7 +15,6 @@ from spmd_engine.scheduler.watchdog import Watchdog
 
 # When a peer dies, SGLang's collectives raise here at the same time as the watchdog hears of the cause.
 _CAUSE_GRACE_S = 2.0
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -28,7 +26,7 @@ def main() -> None:
         raise SystemExit(f"expected Start of protocol {PROTOCOL}, got {start!r}")
     # Ctrl-C reaches the whole process group; the trainer rank decides what it means for the engine.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    watchdog = Watchdog(start.rank, channel, start.trainer_pid)
+    watchdog = Watchdog(start.rank, channel, trainer_pid=start.trainer_pid, scratch=start.scratch)
     watchdog.start()
     try:
         try:
@@ -59,9 +57,6 @@ def _serve(start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> 
 
     feed = Feed(start, channel, links, watchdog)
     scheduler = adapter.make_scheduler(start, receiver=feed, sink=feed.outputs)
-    # SGLang has asked for PDEATHSIG, which would fire when the starting thread ends rather than the process.
-    if not start.die_with_parent_thread:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
     feed.attach(scheduler)
     channel.send(Ready(adapter.describe(scheduler)))
     scheduler.run_event_loop()

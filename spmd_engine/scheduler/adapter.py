@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import hashlib
 import inspect
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # SGLang's own watchdog and timeouts act by one rank's clock and signal the parent process: ours act instead.
 _NEVER_S = 1e8
+_PR_SET_PDEATHSIG = 1
 _CPU_DEFAULTS = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
@@ -126,6 +128,10 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
         ranks.update(_parallel_ranks(args, start.tp_rank))
         module.configure_scheduler_process(args, **ranks)
         publish(args, role="scheduler")
+    # SGLang has just asked for PDEATHSIG. It would strike when the starting thread of the trainer ends, and before the
+    # watchdog could tell the peers why this process ends.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+    _check_heads(args, start)
     try:
         return RankLocalScheduler(args, ports, **({} if by_publish else ranks))
     except SpmdEngineError:
@@ -137,6 +143,18 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
         raise ConfigError(
             f"SGLang cannot start {start.model_path!r} with TP {len(start.link.ranks)}: {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_heads(args: Any, start: Start) -> None:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    try:
+        heads = ModelConfig.from_server_args(args).num_attention_heads
+    except Exception as error:
+        raise ConfigError(f"SGLang cannot read the model {start.model_path!r}: {type(error).__name__}: {error}") from error
+    tp_size = len(start.link.ranks)
+    if heads % tp_size:
+        raise ConfigError(f"the model has {heads} attention heads, which TP {tp_size} does not divide: choose another TP size")
 
 
 def describe(scheduler: Any) -> dict[str, Any]:

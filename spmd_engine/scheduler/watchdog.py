@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import socket
 import sys
 import threading
@@ -25,15 +26,17 @@ class Watchdog(threading.Thread):
         rank: this process's global rank.
         channel: to the trainer rank.
         trainer_pid: process id of the trainer rank.
+        scratch: directory that is removed if the trainer rank can no longer do it.
     """
 
-    def __init__(self, rank: int, channel: Channel, trainer_pid: int) -> None:
+    def __init__(self, rank: int, channel: Channel, *, trainer_pid: int, scratch: str) -> None:
         super().__init__(name="spmd_engine-watchdog", daemon=True)
         self.rank = rank
         self.departed: set[int] = set()  # ranks that shut their engine down
         self.is_generating: Callable[[], bool] = lambda: False
         self._channel = channel
         self._trainer_pid = trainer_pid
+        self._scratch = scratch
         self._links: list[Links] = []
         self._dying = threading.Lock()
         self._wake_read, self._wake_write = os.pipe()
@@ -90,6 +93,7 @@ class Watchdog(threading.Thread):
 
     def _trainer_gone(self) -> None:
         # A trainer that goes away after `Shutdown` does no harm: the main thread ends this process by itself.
+        shutil.rmtree(self._scratch, ignore_errors=True)
         message = f"the trainer process of rank {self.rank} (pid {self._trainer_pid}) ended"
         self.die(ErrorReport("SchedulerDiedError", message, self.rank))
 

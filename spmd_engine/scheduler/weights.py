@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from spmd_engine import _native, coverage
+from spmd_engine import coverage, transfer
 from spmd_engine.channel import Start
-from spmd_engine.errors import ErrorReport, PlanError, SpmdEngineError, TransferError, WeightsInconsistentError
+from spmd_engine.errors import ErrorReport, PlanError, SpmdEngineError, WeightsInconsistentError
+from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.layout import SourceLayout, Weight, contiguous_strides
 from spmd_engine.links import Frame
 from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan
@@ -28,7 +27,6 @@ from spmd_engine.stats import UpdateStats
 logger = logging.getLogger(__name__)
 
 Exchange = Callable[[dict[str, Any], bytes], list[Frame]]
-_MAX_THREADS = 8
 _NAMES_SHOWN = 5
 
 
@@ -43,8 +41,8 @@ class _Prepared:
     used: dict[str, tuple[int, int]]
     record_s: float
     plan_s: float
-    table: np.ndarray | None = None  # with addresses
-    pids: list[int] = field(default_factory=list)
+    transfer: transfer.Transfer
+    is_bound: bool = False  # to the present addresses of the shards
 
 
 class WeightsKeeper:
@@ -55,7 +53,9 @@ class WeightsKeeper:
         self._scheduler, self._rank = scheduler, start.rank
         self._layouts: dict[str, tuple[SourceLayout, frozenset[str]]] = {}
         self._prepared: dict[str, _Prepared] = {}
-        self._addresses: dict[int, tuple[str, int, np.ndarray]] = {}  # rank -> layout key, pid, addresses
+        self._memories: dict[int, ShardMemory] = {}  # of each rank, as it last said
+        self._device = next(adapter.model_of(scheduler).parameters()).device
+        self._handles = None if self._device.type == "cpu" else OpenHandles(self._device.index or 0)
         self._broken: str | None = None
         self._conversion = Conversion(adapter.hf_config_of(scheduler))
 
@@ -73,7 +73,8 @@ class WeightsKeeper:
 
         Raises:
             PlanError: nothing was written.
-            TransferError: the copy failed on some rank; `generate` refuses until an update succeeds.
+            TransferError: shards cannot be reached, and nothing was written; or the copy failed on some rank, and
+                `generate` refuses until an update succeeds.
         """
         began = time.monotonic()
         ranks, key = tuple(payload["ranks"]), payload["key"]
@@ -85,13 +86,16 @@ class WeightsKeeper:
         if any(header["is_new"] for header in moved):
             self._prepare_together(key, ranks, exchange)
         prepared = self._prepared[key]
-        self._bind(prepared, ranks)
+        binding = time.monotonic()
+        if not prepared.is_bound:
+            self._bind_together(prepared, ranks, exchange)
 
         copying = time.monotonic()
-        wrong: list[int] = []
-        error = self._attempt(lambda: wrong.extend(self._copy(prepared, verify=payload["verify"])))
+        done: list[tuple[float, int | None]] = []
+        error = self._attempt(lambda: done.append(self._copy(prepared, verify=payload["verify"])))
         copied = time.monotonic()
         self._finish(exchange({"error": error}, b""), ranks)
+        device_s, wrong = done[0]
         return UpdateStats(
             weight_version=self.version,
             planned=is_new,
@@ -99,34 +103,42 @@ class WeightsKeeper:
             remote_bytes=prepared.plan.remote_bytes,
             block_copies=len(prepared.plan.table),
             fallback_weights=tuple(sorted(prepared.buffers)),
-            wrong_elements=wrong[0] if wrong else None,
+            wrong_elements=wrong,
             record_s=prepared.record_s if is_new else 0.0,
             plan_s=prepared.plan_s if is_new else 0.0,
             wait_s=waited - began,
+            bind_s=copying - binding,
             copy_s=copied - copying,
+            device_s=device_s,
+            commit_s=time.monotonic() - copied,
         )
 
     # ---- before the copy ----
 
     def _share_addresses(self, payload: dict[str, Any], is_new: bool, exchange: Exchange) -> list[dict[str, Any]]:
         """Tell all ranks where this rank's shards are, if they moved. All shards are final when this returns."""
-        addresses = payload["addresses"]
-        header = {"rank": self._rank, "pid": payload["pid"], "is_new": is_new, "moved": addresses is not None}
-        frames = exchange(header, b"" if addresses is None else addresses.tobytes())
-        for sent, blob in frames:
-            if sent["moved"]:
-                self._addresses[sent["rank"]] = (payload["key"], sent["pid"], np.frombuffer(blob, dtype=np.uint64))
+        memory: ShardMemory | None = payload["memory"]
+        described, blob = (None, b"") if memory is None else memory.to_frame()
+        frames = exchange({"rank": self._rank, "is_new": is_new, "memory": described}, blob)
+        for sent, places in frames:
+            if sent["memory"] is not None:
+                self._memories[sent["rank"]] = ShardMemory.from_frame(sent["memory"], places)
                 for prepared in self._prepared.values():
-                    prepared.table = None
+                    prepared.is_bound = False
         return [sent for sent, _ in frames]
 
-    def _bind(self, prepared: _Prepared, ranks: tuple[int, ...]) -> None:
-        if prepared.table is not None:
-            return
-        table = prepared.plan.bind({rank: addresses for rank, (_, _, addresses) in self._addresses.items()})
-        table["source"] = np.searchsorted(sorted(ranks), prepared.plan.rank)
-        prepared.pids = [self._addresses[rank][1] for rank in sorted(ranks)]
-        prepared.table = table
+    def _bind_together(self, prepared: _Prepared, ranks: tuple[int, ...], exchange: Exchange) -> None:
+        """Open what has moved, on all ranks, before any of them writes."""
+        memories = {rank: self._memories[rank] for rank in ranks}
+
+        def bind() -> None:
+            transfer.check_reachable(memories, self._device)
+            prepared.transfer.bind(memories)
+            if self._handles is not None:
+                self._handles.keep_only(handle for memory in self._memories.values() for handle in memory.handles)
+
+        _raise_first(exchange({"error": self._attempt(bind)}, b""), ranks)
+        prepared.is_bound = True
 
     def _prepare_together(self, key: str, ranks: tuple[int, ...], exchange: Exchange) -> None:
         """Record and plan on all ranks; none keeps a plan that another could not make."""
@@ -148,7 +160,10 @@ class WeightsKeeper:
         copies = [c for c in coverage.last_of_duplicates(recording.copies) if c.weight not in fallback]
         recorded = time.monotonic()
         by_name = {weight.name: weight for weight in layout.weights}
-        buffers = {name: torch.empty(by_name[name].shape, dtype=DTYPES[by_name[name].dtype]) for name in fallback}
+        buffers = {
+            name: torch.empty(by_name[name].shape, dtype=DTYPES[by_name[name].dtype], device=self._device)
+            for name in fallback
+        }
         whole = [_whole(by_name[name], buffer) for name, buffer in sorted(buffers.items())]
         plan = build_plan(layout, [*copies, *whole], rank=self._rank)
         used = {**coverage.reach(copies), **coverage.reach(whole)}
@@ -160,22 +175,16 @@ class WeightsKeeper:
             used=used,
             record_s=recorded - began,
             plan_s=time.monotonic() - recorded,
+            transfer=transfer.prepare(plan, rank=self._rank, device=self._device, handles=self._handles),
         )
 
     # ---- the copy and after ----
 
-    def _copy(self, prepared: _Prepared, *, verify: bool) -> list[int]:
-        """Run the plan and the fallback; the number of wrong elements if `verify`."""
-        assert prepared.table is not None
-        threads = _threads(prepared.pids)
-        wrong = []
-        try:
-            _native.copy_cpu(prepared.table, pids=prepared.pids, threads=threads)
-            if verify:  # before the fallback, whose loaders may work in place
-                result = _native.compare_cpu(prepared.table, pids=prepared.pids, threads=threads)
-                wrong.append(result.wrong_elements)
-        except _native.NativeError as error:
-            raise TransferError(f"rank {self._rank} could not read a shard: {error}") from error
+    def _copy(self, prepared: _Prepared, *, verify: bool) -> tuple[float, int | None]:
+        """Run the plan and the fallback; seconds of the copy itself, and wrong elements if `verify`."""
+        device_s = prepared.transfer.copy()
+        # Before the fallback, whose loaders may work in place.
+        wrong = prepared.transfer.compare() if verify else None
         model = adapter.model_of(self._scheduler)
         if prepared.buffers:
             direct = {n: t for n, t in prepared.buffers.items() if n not in prepared.converted}
@@ -183,7 +192,8 @@ class WeightsKeeper:
             with torch.no_grad():
                 model.load_weights(iter({**direct, **self._conversion.to_checkpoint(turned)}.items()))  # type: ignore[operator]
         adapter.refresh_derived(model)
-        return wrong
+        prepared.transfer.wait()
+        return device_s, wrong
 
     def _attempt(self, action: Callable[[], object]) -> list[str] | None:
         """Run `action`; its failure as [kind, message], for all ranks to hear before any of them raises."""
@@ -321,8 +331,3 @@ def _raise_first(frames: list[Frame], ranks: tuple[int, ...]) -> None:
         if header["error"] is not None:
             kind, message = header["error"]
             raise ErrorReport(kind, message, rank).to_exception()
-
-
-def _threads(sharers: Any) -> int:
-    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // max(1, len(sharers))))
-

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+
+from integration.jobs import run_job
+
+Save = Callable[..., str]
+Reference = Callable[[str, int, bool], list[Any]]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Save:
+    """checkpoint(name, seed, **config) -> directory of a saved tiny model; made once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def save(name: str, seed: int, **overrides: Any) -> str:
+        tag = "-".join([name, str(seed), *(f"{k}{v}" for k, v in sorted(overrides.items()))])
+        directory: Path = root / tag
+        if not directory.exists():
+            models.save_model(name, directory, seed=seed, **overrides)
+        return str(directory)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Save, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """reference(name, tp, generates) -> what an engine that loaded seed 2 from disk has, by TP rank; run once."""
+
+    @lru_cache(maxsize=None)
+    def run(name: str, tp: int, generates: bool) -> list[Any]:
+        directory = tmp_path_factory.mktemp("reference")
+        return run_job("reference", tp, directory, path=checkpoint(name, 2), tp=tp, generates=generates).values
+
+    return run

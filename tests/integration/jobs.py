@@ -1,0 +1,107 @@
+"""Runs a scenario in a job of real trainer ranks, each a process of its own, and brings back what they return."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GRACE_S = 15.0
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What the ranks of a finished job left.
+
+    Attributes:
+        status: exit status of each rank.
+        values: what the scenario returned on each rank; None where it did not return.
+        log: output of all ranks.
+    """
+
+    status: list[int | None]
+    values: list[Any]
+    log: str
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def environment(directory: Path) -> dict[str, str]:
+    scratch = directory / "tmp"
+    scratch.mkdir(exist_ok=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "TORCHELASTIC_"))}
+    return {**env, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), "HF_HUB_OFFLINE": "1"}
+
+
+def run_job(
+    scenario: str,
+    world: int,
+    directory: Path,
+    *,
+    timeout_s: float = 180.0,
+    expect_status: tuple[int | None, ...] | None = None,
+    torchrun: bool = False,
+    **arguments: Any,
+) -> JobResult:
+    """Run `scenarios.<scenario>(context, **arguments)` on `world` ranks and check their exit status.
+
+    Args:
+        directory: an empty directory for what the job writes.
+        expect_status: exit status of each rank; all zero by default.
+        torchrun: start the ranks with torchrun rather than directly.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [str(WORKER), scenario, json.dumps(arguments), str(directory)]
+    env = environment(directory)
+    logs = [open(directory / f"rank{rank}.log", "w+b") for rank in range(world)]
+    processes = []
+    if torchrun:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *command]
+        processes.append(_start(launch, env, logs[0]))
+    else:
+        port = str(free_port())
+        for rank in range(world):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            own = {**env, **{k: str(v) for k, v in ranks.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            processes.append(_start([sys.executable, *command], own, logs[rank]))
+    deadline = time.monotonic() + timeout_s
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if expect_status is None and any(process.poll() for process in processes):
+            deadline = min(deadline, time.monotonic() + GRACE_S)  # the others may wait for the one that failed
+        time.sleep(0.05)
+    status = [process.poll() for process in processes]
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    text = []
+    for rank, log in enumerate(logs):
+        log.seek(0)
+        text.append(f"---- rank {rank} ----\n{log.read().decode(errors='replace')[-6000:]}")
+        log.close()
+    values = []
+    for rank in range(world):
+        path = directory / f"rank{rank}.json"
+        values.append(json.loads(path.read_text()) if path.exists() else None)
+    result = JobResult(status, values, "\n".join(text))
+    wanted = list(expect_status) if expect_status is not None else [0] * len(processes)
+    assert result.status == wanted, f"exit status {result.status}, expected {wanted}\n{result.log}"
+    return result
+
+
+def _start(command: list[str], env: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )

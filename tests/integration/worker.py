@@ -1,0 +1,51 @@
+"""One trainer rank of a test job: `worker.py SCENARIO ARGUMENTS DIRECTORY`, with torchrun's environment."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@dataclass
+class Context:
+    """A rank of the job, with the process group initialised."""
+
+    rank: int
+    world: int
+    directory: Path
+
+    def mesh(self, tp: int) -> Any:
+        """The TP mesh of this rank's replica."""
+        return init_device_mesh("cpu", (self.world // tp, tp), mesh_dim_names=("dp", "tp"))["tp"]
+
+    def engine(self, path: str, tp: int, **kwargs: Any) -> Any:
+        from spmd_engine import SpmdEngine
+
+        return SpmdEngine(path, device_mesh_cpu=self.mesh(tp), **{"timeout_s": 90.0, "random_seed": 7, **kwargs})
+
+
+def main() -> None:
+    faulthandler.enable()
+    scenario, arguments, directory = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
+    from integration import scenarios
+
+    dist.init_process_group("gloo")
+    context = Context(dist.get_rank(), dist.get_world_size(), directory)
+    value = getattr(scenarios, scenario)(context, **arguments)
+    (directory / f"rank{context.rank}.json").write_text(json.dumps(value))
+    sys.stdout.flush()
+    os._exit(0)  # a peer that a test has killed must not hold up the exit
+
+
+if __name__ == "__main__":
+    main()
