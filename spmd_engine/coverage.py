@@ -101,4 +101,3 @@ def reach(copies: Iterable[RecordedCopy]) -> dict[str, tuple[int, int]]:
 
 def region_of(copy: RecordedCopy) -> Region:
     return copy.dst_address, copy.sizes, copy.dst_strides
-

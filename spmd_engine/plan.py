@@ -164,9 +164,7 @@ def _intersect(copy: RecordedCopy, piece: Piece, shape: Shape) -> list[Part]:
             dims = [_Dim(size, step, step * local[axis], dst) for size, step, dst in view.along[axis]]
             clipped = _clip(dims, low - view.origin[axis], high - view.origin[axis])
             base = (view.origin[axis] - low) * local[axis]
-            parts = [
-                ((src + base + s, dst + d), block + sub) for (src, dst), block in parts for (s, d), sub in clipped
-            ]
+            parts = [((src + base + s, dst + d), block + sub) for (src, dst), block in parts for (s, d), sub in clipped]
         found += parts
     return found
 
@@ -272,10 +270,13 @@ def _along_axes(view: _View, axes: list[tuple[int, int, int]]) -> list[_AxisView
 
 def _check_view(copy: RecordedCopy, weight: Weight) -> None:
     last = copy.src_offset + sum((n - 1) * s for n, s in zip(copy.sizes, copy.src_strides, strict=True))
-    if last >= math.prod(weight.shape) or any(s <= 0 < n - 1 for n, s in zip(copy.sizes, copy.src_strides, strict=True)):
+    if last >= math.prod(weight.shape) or any(
+        s <= 0 < n - 1 for n, s in zip(copy.sizes, copy.src_strides, strict=True)
+    ):
         raise PlanError(
             f"parameter {copy.parameter!r} wants elements of weight {copy.weight!r} {list(weight.shape)} that it does "
-            f"not have, or wants one several times: sizes {copy.sizes}, strides {copy.src_strides}, offset {copy.src_offset}"
+            f"not have, or wants one several times: sizes {copy.sizes}, strides {copy.src_strides}, "
+            f"offset {copy.src_offset}"
         )
 
 
@@ -320,7 +321,7 @@ def _rows(copy: RecordedCopy, weight: Weight, offset: tuple[int, int], block: li
     # The largest of the other dimensions becomes the pitch, so that fewest are written out.
     pitch = max(dims, key=lambda dim: dim.size, default=_Dim(1, 1, 0, 0))
     outer = [dim for dim in dims if dim is not pitch]
-    rows = []
+    rows: list[tuple[int, ...]] = []
     for at in np.ndindex(*(dim.size for dim in outer)):
         src = offset[0] + sum(i * dim.src for i, dim in zip(at, outer, strict=True))
         dst = offset[1] + sum(i * dim.dst for i, dim in zip(at, outer, strict=True))

@@ -32,8 +32,9 @@ def child_environment(
 ) -> dict[str, str]:
     """The environment of a scheduler process: made from `environ`, which stays as it is.
 
-    It sees `gpus`, a value of CUDA_VISIBLE_DEVICES, whatever its trainer rank sees. Left out are the launcher's rendezvous variables (with TORCHELASTIC_USE_AGENT_STORE the child would wait for ever
-    for a store that nobody serves) and expandable segments (SGLang's memory saver refuses them).
+    It sees `gpus`, a value of CUDA_VISIBLE_DEVICES, whatever its trainer rank sees. Left out are the launcher's
+    rendezvous variables (with TORCHELASTIC_USE_AGENT_STORE the child would wait for ever for a store that nobody
+    serves) and expandable segments (SGLang's memory saver refuses them).
     """
     env = {k: v for k, v in environ.items() if k not in _LAUNCHER_VARIABLES and not k.startswith("TORCHELASTIC_")}
     for name in _ALLOCATOR_VARIABLES:
@@ -196,4 +197,3 @@ def _open_log(log_dir: str | os.PathLike[str] | None, rank: int) -> IO[bytes]:
     directory.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return open(directory / f"scheduler-rank{rank}-{stamp}-{os.getpid()}.log", "w+b")
-

@@ -96,9 +96,10 @@ def build_requests(
     wanted = _per_prompt(return_logprob, count, "return_logprob", bool)
     starts = _per_prompt(-1 if logprob_start_len is None else logprob_start_len, count, "logprob_start_len", int)
     tops = _per_prompt(0 if top_logprobs_num is None else top_logprobs_num, count, "top_logprobs_num", int)
+    same: Any = token_ids_logprob
     if token_ids_logprob is not None and len(token_ids_logprob) and isinstance(token_ids_logprob[0], int):
-        token_ids_logprob = [list(token_ids_logprob)] * count  # type: ignore[arg-type]
-    tokens = _per_prompt(token_ids_logprob, count, "token_ids_logprob", (list, tuple, type(None)))
+        same = [token_ids_logprob] * count
+    tokens = _per_prompt(same, count, "token_ids_logprob", (list, tuple, type(None)))
     requests = [
         GenerateRequest(
             input_ids=ids[i],
@@ -129,7 +130,9 @@ def _tokens(prompt: Any, input_ids: Any, tokenizer: Any) -> tuple[list[array[int
         if not texts:
             raise InvalidRequestError("prompt is an empty list")
         if not all(isinstance(text, str) for text in texts):
-            raise InvalidRequestError("prompt must be a string or a list of strings; images and video are not supported")
+            raise InvalidRequestError(
+                "prompt must be a string or a list of strings; images and video are not supported"
+            )
         arrays = [array("q", ids) for ids in tokenizer(texts)["input_ids"]]
         for text, ids in zip(texts, arrays, strict=True):
             if not ids:
@@ -237,5 +240,7 @@ def _logprobs(request: GenerateRequest, raw: dict[str, list[Any]], tokenizer: An
     if request.top_logprobs_num > 0:
         meta.update({f"{side}_top_logprobs": nested(f"{side}_top_logprobs") for side in ("input", "output")})
     if request.token_ids_logprob is not None:
-        meta.update({f"{side}_token_ids_logprobs": nested(f"{side}_token_ids_logprobs") for side in ("input", "output")})
+        meta.update(
+            {f"{side}_token_ids_logprobs": nested(f"{side}_token_ids_logprobs") for side in ("input", "output")}
+        )
     return meta

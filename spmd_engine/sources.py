@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +13,11 @@ import torch
 from spmd_engine.errors import PlanError
 from spmd_engine.layout import Mesh, Placement, Replicate, Shard, SourceLayout, Weight, local_shape
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# (name, tensor, whether the engine may ignore it)
+Item = tuple[str, torch.Tensor, bool]
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -21,18 +28,55 @@ class Source:
     Attributes:
         layout: the same on all ranks.
         addresses: of this rank's shard of each weight, uint64; 0 where it holds nothing.
+        device: CUDA ordinal that holds all shards of this rank, None for the CPU.
         optional: names that the engine may ignore: buffers, and second names of a weight that is listed already.
         shards: the local tensors, kept alive while they are read.
     """
 
     layout: SourceLayout
     addresses: np.ndarray
+    device: int | None
     optional: frozenset[str]
     shards: tuple[torch.Tensor, ...]
 
 
-def describe(source: torch.nn.Module | Mapping[str, torch.Tensor], rank: int) -> Source:
-    """Describe a module (plain, or sharded by FSDP2) or a mapping from names to tensors or DTensors.
+class SourceReader:
+    """Describes the source of each update of one rank.
+
+    Describing 339 DTensors takes 30 ms, several times what copying a 7B model takes, so a source that is the same as
+    the last time, tensor by tensor and address by address, is recognised in 3 ms.
+
+    Args:
+        rank: this rank's global number.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._last: Source | None = None
+        self._signature: list[tuple[object, ...]] = []
+
+    def read(self, source: torch.nn.Module | Mapping[str, torch.Tensor]) -> Source:
+        """Describe a module (plain, or sharded by FSDP2) or a mapping from names to tensors or DTensors.
+
+        Returns:
+            A Source whose `layout` is the same object as the last time, if nothing but values has changed.
+
+        Raises:
+            PlanError: a weight that cannot be read as it is, by name, with what to do.
+        """
+        with torch.no_grad():  # without it, DTensor.to_local() builds an autograd node
+            items = list(_named_tensors(source))
+            if self._last is not None and [_signature(*item) for item in items] == self._signature:
+                return replace(self._last, shards=tuple(tensor for _, tensor, _ in items))
+            self._last = None
+            described = describe(items, self._rank)
+            self._signature = [_signature(*item) for item in items]
+            self._last = replace(described, shards=())
+            return described
+
+
+def describe(items: list[Item], rank: int) -> Source:
+    """The Source that named tensors amount to. Call it without gradients.
 
     Raises:
         PlanError: a weight that cannot be read as it is, by name, with what to do.
@@ -42,7 +86,8 @@ def describe(source: torch.nn.Module | Mapping[str, torch.Tensor], rank: int) ->
     shards: list[torch.Tensor] = []
     optional: set[str] = set()
     seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor, is_buffer in _named_tensors(source):
+    devices: dict[torch.device, str] = {}
+    for name, tensor, is_buffer in items:
         local, mesh, placements = _local(name, tensor)
         dtype = _DTYPES.get(tensor.dtype)
         if dtype is None:
@@ -52,8 +97,8 @@ def describe(source: torch.nn.Module | Mapping[str, torch.Tensor], rank: int) ->
                 f"weight {name!r} is {tensor.dtype}: only float32, float16 and bfloat16 weights can be moved; "
                 "quantised and integer weights cannot fill a floating-point engine"
             )
-        if local.device.type != "cpu":
-            raise PlanError(f"weight {name!r} is on {local.device}, which cannot be moved yet; keep the weights on the CPU")
+        devices.setdefault(local.device, name)
+        _check_devices(devices)
         if not local.is_contiguous():
             raise PlanError(f"weight {name!r} is not contiguous in the trainer's memory; pass tensor.contiguous()")
         number = -1
@@ -74,19 +119,53 @@ def describe(source: torch.nn.Module | Mapping[str, torch.Tensor], rank: int) ->
     if not weights:
         raise PlanError("the source holds no weights")
     addresses = np.array([shard.data_ptr() if shard.numel() else 0 for shard in shards], dtype=np.uint64)
-    return Source(SourceLayout(tuple(weights), tuple(meshes)), addresses, frozenset(optional), tuple(shards))
+    device = next(iter(devices))
+    return Source(
+        layout=SourceLayout(tuple(weights), tuple(meshes)),
+        addresses=addresses,
+        device=None if device.type == "cpu" else device.index,
+        optional=frozenset(optional),
+        shards=tuple(shards),
+    )
+
+
+def _check_devices(devices: dict[torch.device, str]) -> None:
+    """Refuse what is not on the CPU or a GPU, and more than one of them; `devices` has a weight's name for each."""
+    for device, name in devices.items():
+        if device.type not in ("cpu", "cuda"):
+            raise PlanError(f"weight {name!r} is on {device}: weights can be moved from CPU and CUDA memory only")
+    if len(devices) > 1:
+        (one, first), (other, second) = list(devices.items())[:2]
+        raise PlanError(
+            f"weight {first!r} is on {one} and weight {second!r} on {other}: all weights of a rank must be on one "
+            "device (staged execution, which would mix them, is not supported yet)"
+        )
 
 
 def ranks_of(source: object) -> set[int]:
     """All ranks that hold a shard of something in `source`, by the meshes of its DTensors."""
     from torch.distributed.tensor import DTensor
 
-    tensors = source.parameters() if isinstance(source, torch.nn.Module) else getattr(source, "values", tuple)()
+    tensors: Iterable[object] = getattr(source, "values", tuple)()
+    if isinstance(source, torch.nn.Module):
+        tensors = source.parameters()
     meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
     return {int(rank) for mesh in meshes for rank in mesh.mesh.flatten().tolist()}
 
 
-def _named_tensors(source: object) -> Iterator[tuple[str, torch.Tensor, bool]]:
+def _signature(name: str, tensor: torch.Tensor, is_buffer: bool) -> tuple[object, ...]:
+    """All that a description depends on."""
+    from torch.distributed.tensor import DTensor
+
+    local: torch.Tensor = tensor
+    sharding: object = None
+    if isinstance(tensor, DTensor):
+        local, sharding = tensor.to_local(), (tensor.device_mesh, tensor.placements)
+    place = (local.data_ptr(), local.shape, local.device, local.is_contiguous())
+    return (name, is_buffer, tensor.shape, tensor.dtype, place, sharding)
+
+
+def _named_tensors(source: object) -> Iterator[Item]:
     if isinstance(source, torch.nn.Module):
         persistent = source.state_dict(keep_vars=True)
         parameters = dict(source.named_parameters(remove_duplicate=False))
@@ -110,7 +189,7 @@ def _local(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Mesh | None, 
     if tensor.is_meta:
         raise PlanError(f"weight {name!r} is on the meta device: it has no data to move")
     if not isinstance(tensor, DTensor):
-        return tensor.detach(), None, ()
+        return tensor, None, ()
     placements: list[Placement] = []
     for placement in tensor.placements:
         if type(placement) is TorchShard:
@@ -122,6 +201,10 @@ def _local(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Mesh | None, 
                 f"weight {name!r} has the placement {placement}, which is not supported; "
                 "redistribute it to Shard or Replicate first"
             )
-    grid = tensor.device_mesh.mesh
-    mesh = Mesh(tuple(grid.shape), tuple(int(rank) for rank in grid.flatten().tolist()))
-    return tensor.to_local().detach(), mesh, tuple(placements)
+    return tensor.to_local(), _mesh(tensor.device_mesh), tuple(placements)
+
+
+@lru_cache(maxsize=64)
+def _mesh(mesh: DeviceMesh) -> Mesh:
+    grid = mesh.mesh
+    return Mesh(tuple(grid.shape), tuple(int(rank) for rank in grid.flatten().tolist()))

@@ -19,7 +19,10 @@ class UpdateStats:
         wrong_elements: elements that differ from the source after the copy; None unless `verify=True`.
         record_s, plan_s: seconds to record SGLang's `load_weights` and to build the plan; 0 when reused.
         wait_s: seconds until the shards of all ranks were final.
+        bind_s: seconds to open memory that has moved and to put its addresses into the table; about 0 otherwise.
         copy_s: seconds of the copy, fallback included.
+        device_s: seconds of that which the copy itself ran, by the device's clock on a GPU.
+        commit_s: seconds until all ranks had copied, and the version was committed.
         total_s: seconds of the whole call on the trainer rank.
     """
 
@@ -34,4 +37,7 @@ class UpdateStats:
     plan_s: float
     wait_s: float
     copy_s: float
+    bind_s: float = 0.0
+    device_s: float = 0.0
+    commit_s: float = 0.0
     total_s: float = 0.0

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from spmd_engine import _native
 from spmd_engine.digest import digest
 from spmd_engine.errors import PlanError
+from spmd_engine.handles import ShardMemory, export_shards
 from spmd_engine.layout import SourceLayout
 from spmd_engine.process import SchedulerProcess
 from spmd_engine.rendezvous import Rendezvous
-from spmd_engine.sources import Source, describe, ranks_of
+from spmd_engine.sources import Source, SourceReader, ranks_of
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class UpdateRequest:
         payload: for the own scheduler process.
         agreed: what all ranks must have in common.
         summary: for messages.
+        memory: where the shards are.
         source: keeps the shards alive.
     """
 
     payload: dict[str, Any]
     agreed: Any
     summary: str
+    memory: ShardMemory = field(repr=False)
     source: Source = field(repr=False)
 
 
@@ -44,7 +46,9 @@ class WeightUpdates:
         self._process, self._timeout_s = process, timeout_s
         self._linked = {replica}
         self._known: set[str] = set()  # layouts that the scheduler process has
-        self._last: tuple[str, np.ndarray] | None = None
+        self._reader = SourceReader(rank)
+        self._key: tuple[Source, str] | None = None
+        self._last: tuple[str, ShardMemory] | None = None
         self._ptrace_allowed = False
         self.last_ranks = replica
 
@@ -58,40 +62,44 @@ class WeightUpdates:
         """Describe `source` for the scheduler process.
 
         Raises:
-            PlanError: see `sources.describe`.
+            PlanError: see `sources.SourceReader.read`; or the shards' memory cannot be shared between processes.
             CollectiveTimeoutError: a rank that holds shards did not come to the first update.
         """
-        ranks = tuple(sorted({*self._replica, *ranks_of(source)}))
-        self.last_ranks = self._replica if set(ranks) == set(self._replica) else ranks
-        described, refusal = None, None
+        described, memory, refusal = None, None, None
         try:
-            described = describe(source, self._rank)
+            described = self._reader.read(source)
+            memory = self._export(described)
+            holders = set(described.layout.ranks())
         except PlanError as error:
-            refusal = error
+            refusal, holders = error, ranks_of(source)
+        ranks = tuple(sorted({*self._replica, *holders}))
+        self.last_ranks = self._replica if set(ranks) == set(self._replica) else ranks
         # Ranks of other replicas may be waiting to link: they must hear of a refusal, too.
         self._link(self.last_ranks, refusal, watch)
-        if described is None:
+        if described is None or memory is None:
             assert refusal is not None
             raise refusal
-        self._allow_reading()
-        key = digest([_plain(described.layout), sorted(described.optional)])
-        moved = self._last is None or self._last[0] != key or not np.array_equal(self._last[1], described.addresses)
+        key = self._key_of(described)
+        moved = self._last is None or self._last[0] != key or not memory.same_as(self._last[1])
         payload = {
             "ranks": self.last_ranks,
             "key": key,
             "layout": None if key in self._known else described.layout,
             "optional": described.optional,
-            "pid": os.getpid(),
-            "addresses": described.addresses if moved else None,
+            "memory": memory if moved else None,
             "verify": verify,
         }
-        summary = f"{len(described.layout.weights)} weights over ranks {list(self.last_ranks)}, layout {key[:8]}, verify={verify}"
-        return UpdateRequest(payload, [self.last_ranks, key, verify], summary, described)
+        count = len(described.layout.weights)
+        summary = f"{count} weights over ranks {list(self.last_ranks)}, layout {key[:8]}, verify={verify}"
+        if described.device is not None:
+            # The shards are final once what this thread has queued is done. Other streams may go on.
+            torch.cuda.current_stream(described.device).synchronize()
+        return UpdateRequest(payload, [self.last_ranks, key, verify], summary, memory, described)
 
     def committed(self, request: UpdateRequest) -> None:
         """Remember what the scheduler process now knows."""
         self._known.add(request.payload["key"])
-        self._last = (request.payload["key"], request.source.addresses)
+        self._last = (request.payload["key"], request.memory)
 
     def _link(self, ranks: tuple[int, ...], refusal: PlanError | None, watch: Callable[[], None]) -> None:
         """Connect the scheduler processes of all ranks that hold shards, once for each set of ranks."""
@@ -100,7 +108,7 @@ class WeightUpdates:
         note = {"refusal": None if refusal is None else str(refusal)}
         meeting = Rendezvous(ranks, self._rank, "update").meet(note, timeout_s=self._timeout_s, watch=watch)
         if len({note["node"] for note in meeting.notes}) > 1:
-            raise PlanError(f"the ranks {list(ranks)} that hold shards are on several nodes, which is not supported yet")
+            raise PlanError(f"the ranks {list(ranks)} with shards are on several nodes, which is not supported yet")
         fd = meeting.link.listener_fd
         self._process.send(meeting.link, fds=(fd,) if fd >= 0 else ())
         if fd >= 0:
@@ -110,11 +118,25 @@ class WeightUpdates:
             if note["refusal"] and refusal is None:
                 raise PlanError(f"rank {rank} refused: {note['refusal']}")
 
-    def _allow_reading(self) -> None:
-        """Let the scheduler processes read this process's memory where Yama restricts ptrace to descendants."""
-        if not self._ptrace_allowed:
-            _native.allow_ptrace_by_any()
+    def _key_of(self, described: Source) -> str:
+        """Equal on two ranks if and only if they describe the same layout."""
+        if self._key is None or self._key[0].layout is not described.layout:
+            self._key = (replace(described, shards=()), digest([_plain(described.layout), sorted(described.optional)]))
+        return self._key[1]
+
+    def _export(self, described: Source) -> ShardMemory:
+        """Let the scheduler processes read the shards.
+
+        Raises:
+            PlanError: their allocator cannot share them.
+        """
+        if described.device is None and not self._ptrace_allowed:
+            _native.allow_ptrace_by_any()  # where Yama restricts ptrace to descendants
             self._ptrace_allowed = True
+        try:
+            return export_shards(described.addresses, device=described.device)
+        except _native.NativeError as error:
+            raise PlanError(f"rank {self._rank} cannot share its shards with other processes: {error}") from error
 
 
 def _plain(layout: SourceLayout) -> list[Any]:

@@ -107,7 +107,9 @@ def save_tokenizer(directory: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=COMMON["vocab_size"], special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and stops here one two three"] * 9, trainer)
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog and stops here one two three"] * 9, trainer
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(directory)

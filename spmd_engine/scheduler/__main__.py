@@ -26,7 +26,9 @@ def main() -> None:
         raise SystemExit(f"expected Start of protocol {PROTOCOL}, got {start!r}")
     # Ctrl-C reaches the whole process group; the trainer rank decides what it means for the engine.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    watchdog = Watchdog(start.rank, channel, trainer_pid=start.trainer_pid, scratch=start.scratch)
+    watchdog = Watchdog(
+        start.rank, channel, replica=start.link.ranks, trainer_pid=start.trainer_pid, scratch=start.scratch
+    )
     watchdog.start()
     try:
         try:

@@ -151,10 +151,14 @@ def _check_heads(args: Any, start: Start) -> None:
     try:
         heads = ModelConfig.from_server_args(args).num_attention_heads
     except Exception as error:
-        raise ConfigError(f"SGLang cannot read the model {start.model_path!r}: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"SGLang cannot read the model {start.model_path!r}: {type(error).__name__}: {error}"
+        ) from error
     tp_size = len(start.link.ranks)
     if heads % tp_size:
-        raise ConfigError(f"the model has {heads} attention heads, which TP {tp_size} does not divide: choose another TP size")
+        raise ConfigError(
+            f"the model has {heads} attention heads, which TP {tp_size} does not divide: choose another TP size"
+        )
 
 
 def describe(scheduler: Any) -> dict[str, Any]:
@@ -204,7 +208,7 @@ def refresh_derived(model: torch.nn.Module) -> None:
     """Derive again what the model derives from its parameters (MLA's w_kc and w_vc, for example)."""
     if hasattr(model, "post_load_weights"):
         with torch.no_grad():
-            model.post_load_weights()
+            model.post_load_weights()  # type: ignore[operator]
 
 
 def make_request(request: GenerateRequest, rid: str, scheduler: Any) -> Any:
@@ -232,7 +236,9 @@ def make_request(request: GenerateRequest, rid: str, scheduler: Any) -> Any:
     if scheduler.server_args.grammar_backend == "none" and any(
         getattr(params, name) is not None for name in ("json_schema", "regex", "ebnf", "structural_tag")
     ):
-        raise InvalidRequestError("constrained output needs a grammar backend: SpmdEngine(..., grammar_backend='xgrammar')")
+        raise InvalidRequestError(
+            "constrained output needs a grammar backend: SpmdEngine(..., grammar_backend='xgrammar')"
+        )
     _check_tokens(request, params, scheduler)
     return TokenizedGenerateReqInput(
         rid=rid,
@@ -254,9 +260,10 @@ def _check_tokens(request: GenerateRequest, params: Any, scheduler: Any) -> None
     """The checks that SGLang's tokenizer manager makes; without them the scheduler would index out of bounds."""
     vocab, context = int(scheduler.model_config.vocab_size), int(scheduler.model_config.context_len)
     length = len(request.input_ids)
-    if length >= min(context, int(scheduler.max_req_input_len)):
+    limit = min(context, int(scheduler.max_req_input_len))
+    if length >= limit:
         raise InvalidRequestError(
-            f"a prompt has {length} tokens; this engine takes fewer than {min(context, int(scheduler.max_req_input_len))} "
+            f"a prompt has {length} tokens; this engine takes fewer than {limit} "
             f"(context length {context}, KV cache {int(scheduler.max_total_num_tokens)} tokens)"
         )
     if params.max_new_tokens is not None and length + params.max_new_tokens > context:

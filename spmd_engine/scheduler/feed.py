@@ -7,10 +7,13 @@ in a blocking receive.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from array import array
 from typing import Any, NoReturn
 
 from spmd_engine.channel import Call, Channel, ChannelClosed, LinkAddress, Reply, Shutdown, Start
+from spmd_engine.digest import digest
 from spmd_engine.errors import ErrorReport, SpmdEngineError
 from spmd_engine.links import Frame, Links, LinkTimeout, PeerGone
 from spmd_engine.scheduler import adapter
@@ -41,8 +44,8 @@ class Feed:
         if self._running is not None:
             if not self.outputs.complete:
                 return []
-            self._reply(self._running, value=self.outputs.take())
-            self._running = None
+            call, self._running = self._running, None
+            self._finish(call)
         # Turns of the loop that only drain SGLang's own pipeline.
         if not self._scheduler.is_fully_idle():
             return []
@@ -64,7 +67,9 @@ class Feed:
             try:
                 message, fds = self._channel.recv()
             except ChannelClosed:
-                self._watchdog.die(ErrorReport("SchedulerDiedError", "the trainer closed its channel", self._start.rank))
+                self._watchdog.die(
+                    ErrorReport("SchedulerDiedError", "the trainer closed its channel", self._start.rank)
+                )
             if isinstance(message, Shutdown):
                 self._watchdog.leave()
             elif isinstance(message, LinkAddress):
@@ -117,11 +122,23 @@ class Feed:
         self.outputs.expect(rids, [request.return_logprob for request in requests], self._weights.version)
         return adapter.make_batch(made)
 
+    def _finish(self, call: Call) -> None:
+        """Answer a rollout once all ranks have finished it, so that none can leave while another still needs it."""
+        results = self.outputs.take()
+        tokens = digest([array("q", result.output_ids) for result in results])
+        frames = self._exchange(self._replica, {"tokens": tokens}, b"", call)
+        if len({header["tokens"] for header, _ in frames}) > 1:
+            message = (
+                f"the TP ranks {list(self._replica)} generated different tokens in {call.summary}; "
+                "set SYNC_TOKEN_IDS_ACROSS_TP=1 if the hardware is not deterministic"
+            )
+            self._reply(call, error=ErrorReport("SchedulerError", message, self._start.rank))
+        else:
+            self._reply(call, value=results)
+
     def _reply(self, call: Call, *, value: Any = None, error: ErrorReport | None = None) -> None:
-        try:
+        with contextlib.suppress(ChannelClosed):  # the watchdog sees a trainer that is gone
             self._channel.send(Reply(seq=call.seq, value=value, error=error))
-        except ChannelClosed:
-            pass  # the watchdog sees a trainer that is gone
 
     # ---- the other ranks ----
 

@@ -101,13 +101,13 @@ class RecordingTensor(torch.Tensor):
         self.is_derived, self.casts, self.is_relaid = is_derived, casts, is_relaid
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RecordingTensor({sorted(self.origins)}, {list(self.shape)})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         recorder = next(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, RecordingTensor)).recorder
         return recorder.dispatch(func, args, kwargs or {})
 
@@ -165,7 +165,7 @@ class Recorder:
             try:
                 with torch.no_grad(), _ConstantMode(self):
                     self._model.load_weights(iter(left))  # type: ignore[operator]
-                return self.recording
+                return self._settled()
             except NeedsValuesError as error:
                 fallback = self.recording.fallback | error.names
                 kept = [(name, tensor) for name, tensor in left if not tensor.origins & error.names]
@@ -177,11 +177,20 @@ class Recorder:
                 raise
             except Exception as error:
                 names = _culprits(error.__traceback__)
-                shapes = ", ".join(f"{tensor.origins and sorted(tensor.origins)[0]} {list(tensor.shape)}" for tensor in names)
+                shapes = ", ".join(
+                    f"{tensor.origins and sorted(tensor.origins)[0]} {list(tensor.shape)}" for tensor in names
+                )
                 raise PlanError(
                     f"the engine's loader refuses {'weight ' + shapes if shapes else 'the source'}: "
                     f"{type(error).__name__}: {error or 'wrong shape'}"
                 ) from error
+
+    def _settled(self) -> Recording:
+        """The recording, without copies of weights that turned out to need the fallback after they were made."""
+        recording = self.recording
+        recording.fallback_parameters |= {c.parameter for c in recording.copies if c.weight in recording.fallback}
+        recording.copies = [copy for copy in recording.copies if copy.weight not in recording.fallback]
+        return recording
 
     def parameter_at(self, tensor: torch.Tensor) -> str | None:
         """Name of the parameter or buffer that `tensor` is a view of."""
@@ -197,7 +206,7 @@ class Recorder:
         """What an operation with at least one stand-in among its arguments does."""
         inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, RecordingTensor)]
         origins = frozenset().union(*(x.origins for x in inputs))
-        target = args[0] if args else None
+        target: Any = args[0] if args else None
         if func is aten.copy_.default and not isinstance(target, RecordingTensor):
             self._copy(target, args[1])
             return target
@@ -212,9 +221,7 @@ class Recorder:
                 return RecordingTensor(target.meta, target.origins, self, casts=casts, is_relaid=True)
         return self._apply(func, args, kwargs, inputs, origins)
 
-    def _apply(
-        self, func: Any, args: Any, kwargs: Any, inputs: list[RecordingTensor], origins: frozenset[str]
-    ) -> Any:
+    def _apply(self, func: Any, args: Any, kwargs: Any, inputs: list[RecordingTensor], origins: frozenset[str]) -> Any:
         def to_meta(x: torch.Tensor) -> torch.Tensor:
             return x.meta if isinstance(x, RecordingTensor) else x.to("meta")
 
@@ -263,7 +270,7 @@ class Recorder:
             RecordedCopy(
                 weight=weight,
                 sizes=tuple(destination.shape),
-                src_offset=view.storage_offset(),
+                src_offset=int(view.storage_offset()),
                 src_strides=tuple(view.stride()),
                 dst_address=destination.data_ptr(),
                 dst_strides=tuple(destination.stride()),

@@ -5,6 +5,7 @@ It must not wait for the main thread, which may sit in a collective of SGLang fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -25,16 +26,20 @@ class Watchdog(threading.Thread):
     Args:
         rank: this process's global rank.
         channel: to the trainer rank.
+        replica: ranks without which this process cannot generate.
         trainer_pid: process id of the trainer rank.
         scratch: directory that is removed if the trainer rank can no longer do it.
     """
 
-    def __init__(self, rank: int, channel: Channel, *, trainer_pid: int, scratch: str) -> None:
+    def __init__(
+        self, rank: int, channel: Channel, *, replica: tuple[int, ...], trainer_pid: int, scratch: str
+    ) -> None:
         super().__init__(name="spmd_engine-watchdog", daemon=True)
         self.rank = rank
         self.departed: set[int] = set()  # ranks that shut their engine down
         self.is_generating: Callable[[], bool] = lambda: False
         self._channel = channel
+        self._replica = replica
         self._trainer_pid = trainer_pid
         self._scratch = scratch
         self._links: list[Links] = []
@@ -85,9 +90,11 @@ class Watchdog(threading.Thread):
         if links.rank == links.hub:
             links.alarm(news, skip=member)
         if "bye" in news:
-            self.departed.add(int(news["bye"]))
-            if self.is_generating():
-                self.die(ErrorReport("EngineClosedError", f"rank {news['bye']} shut its engine down in the middle of a call"))
+            left = int(news["bye"])
+            self.departed.add(left)
+            if left in self._replica and self.is_generating():
+                message = f"rank {left} shut its engine down in the middle of a call of rank {self.rank}"
+                self.die(ErrorReport("EngineClosedError", message, left))
         else:
             self.die(ErrorReport(str(news["kind"]), str(news["message"]), int(news["rank"])), forward=False)
 
@@ -104,10 +111,8 @@ class Watchdog(threading.Thread):
         if forward:
             for links in self._links:
                 links.alarm({"kind": error.kind, "message": error.message, "rank": error.rank})
-        try:
+        with contextlib.suppress(ChannelClosed):
             self._channel.send(Failed(error))
-        except ChannelClosed:
-            pass
         print(f"[spmd_engine] rank {self.rank} ends: {error.kind}: {error.message}", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Save:
 def reference(checkpoint: Save, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """reference(name, tp, generates) -> what an engine that loaded seed 2 from disk has, by TP rank; run once."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def run(name: str, tp: int, generates: bool) -> list[Any]:
         directory = tmp_path_factory.mktemp("reference")
         return run_job("reference", tp, directory, path=checkpoint(name, 2), tp=tp, generates=generates).values

@@ -65,7 +65,7 @@ def run_job(
     directory.mkdir(parents=True, exist_ok=True)
     command = [str(WORKER), scenario, json.dumps(arguments), str(directory)]
     env = environment(directory)
-    logs = [open(directory / f"rank{rank}.log", "w+b") for rank in range(world)]
+    logs = [open(directory / f"rank{rank}.log", "w+b") for rank in range(world)]  # noqa: SIM115
     processes = []
     if torchrun:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *command]

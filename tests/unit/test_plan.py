@@ -91,7 +91,9 @@ def test_any_view_into_any_parameter_matches_torch(data):
     layout = data.draw(layouts())
     full = random_weight(layout, data.draw(st.integers(0, 1000)))
     view = view_of(data.draw, full)
-    parameter = torch.full((math.prod(view.shape) * 2 + 7,), 7.0, dtype=DTYPES[data.draw(st.sampled_from(list(DTYPES)))])
+    parameter = torch.full(
+        (math.prod(view.shape) * 2 + 7,), 7.0, dtype=DTYPES[data.draw(st.sampled_from(list(DTYPES)))]
+    )
     order = data.draw(st.permutations(range(view.ndim)))
     offset = data.draw(st.integers(0, 5))
     # The destination: dimensions in another order (a transposed parameter), with a gap after each row (a stack).

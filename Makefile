@@ -1,0 +1,56 @@
+# `make demo` and `make test` set up everything they need, in virtual environments inside this folder.
+PYTHON ?= python3
+SGLANG ?= 0.5.17
+
+TEST_ENV := .venv-test-$(SGLANG)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+BIN := $(TEST_ENV)/bin
+
+DEMO_ENV := .venv
+
+.PHONY: help demo test test-integration lint format clean
+
+help:
+	@echo "make demo              train a small model by RL on two ranks, with rollouts from SpmdEngine"
+	@echo "make test              everything that needs no GPU (SGLANG=$(SGLANG))"
+	@echo "make test-integration  only the tests with real SGLang, e.g. SGLANG=0.5.23"
+	@echo "make lint | format     ruff, mypy, clang-format"
+	@echo "make clean             remove environments and build products"
+
+$(TEST_ENV)/.ready: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(TEST_ENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "sglang==$(SGLANG)" -e ".[test,demo]"
+	touch $@
+
+$(DEMO_ENV)/.ready: $(SOURCES) $(wildcard spmd_engine/*.py spmd_engine/*/*.py)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	test -x $(DEMO_ENV)/bin/python || $(PYTHON) -m venv $(DEMO_ENV)
+	$(DEMO_ENV)/bin/pip install --quiet --upgrade pip
+	$(DEMO_ENV)/bin/pip install --quiet "sglang==$(SGLANG)" ".[demo]"
+	touch $@
+
+# PYTHONSAFEPATH: the installed package runs, not the source in this folder. ARGS: e.g. "--seed 1 --steps 120".
+demo: $(DEMO_ENV)/.ready
+	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(DEMO_ENV)/bin/torchrun --standalone --nproc_per_node 2 examples/grpo.py --out out $(ARGS)
+
+test: $(TEST_ENV)/.ready
+	$(BIN)/python -m pytest -m "not gpu and not multigpu" tests
+
+test-integration: $(TEST_ENV)/.ready
+	$(BIN)/python -m pytest tests/integration
+
+lint: $(TEST_ENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*)
+
+format: $(TEST_ENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*)
+
+clean:
+	rm -rf .venv .venv-test-* build out spmd_engine/_C*.so *.egg-info

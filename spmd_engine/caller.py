@@ -1,0 +1,170 @@
+"""How a trainer rank makes a collective call of its scheduler process, and what it makes of every way that can fail."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from spmd_engine.channel import Call, ChannelTimeout, Failed, Reply
+from spmd_engine.digest import digest
+from spmd_engine.errors import CollectiveTimeoutError, EngineClosedError, SchedulerDiedError, SpmdEngineError
+from spmd_engine.process import ProcessDied, SchedulerProcess
+from spmd_engine.rendezvous import Rendezvous, bounded
+
+# The scheduler process times out by itself first, with more to say; this is for one that hangs.
+_REPLY_MARGIN_S = 5.0
+_STOP_GRACE_S = 5.0
+
+
+class Caller:
+    """One call at a time from this trainer rank to its scheduler process.
+
+    Args:
+        rank: global rank of the caller.
+        process: its scheduler process, which is ended by any failure.
+        rendezvous: where ranks leave word of the death of their processes.
+        timeout_s: seconds that a call may take.
+
+    Attributes:
+        seq: number of the last call.
+    """
+
+    def __init__(self, rank: int, process: SchedulerProcess, rendezvous: Rendezvous, timeout_s: float) -> None:
+        self.seq = 0
+        self.timeout_s = timeout_s
+        self._rank, self._process, self._rendezvous = rank, process, rendezvous
+        self._lock = threading.Lock()
+        self._dead: SpmdEngineError | None = None
+        self._finalizer = weakref.finalize(self, process.stop, grace_s=0.0)
+
+    def call(
+        self,
+        kind: str,
+        prepare: Callable[[], tuple[Any, str]],
+        *,
+        as_payload: Callable[[Any], Any] = lambda made: made,
+        as_digest: Callable[[Any], Any] | None = None,
+        refusal_payload: Callable[[], Any] = lambda: None,
+    ) -> tuple[Any, Any]:
+        """Make one collective call: `prepare` builds its arguments. Returns what it built, and the reply's value."""
+        self._check_alive()
+        overlapped = not self._lock.acquire(blocking=False)
+        if overlapped and not self._lock.acquire(timeout=self.timeout_s):
+            raise CollectiveTimeoutError(f"rank {self._rank}: another call ran for over {self.timeout_s:.0f} s")
+        try:
+            self._check_alive()
+            self.seq += 1
+            refusal: SpmdEngineError | None = None
+            made, payload = None, None
+            try:
+                made, summary = prepare()
+                payload = as_payload(made)
+            except SpmdEngineError as error:
+                # The other ranks may be waiting: tell them, so that all of them get an error now.
+                if self._dead is not None:
+                    raise
+                refusal, summary = error, f"{kind}(...) refused: {error}"
+                payload = refusal_payload()
+            call = Call(
+                seq=self.seq,
+                kind="refused" if refusal else kind,
+                payload=payload,
+                digest=digest([kind, summary] if refusal else [kind, (as_digest or as_payload)(made)]),
+                summary=summary,
+                overlapped=overlapped,
+                timeout_s=self.timeout_s,
+            )
+            self._process.send(call)
+            reply: Reply = self.receive(
+                lambda message: isinstance(message, Reply) and message.seq == call.seq,
+                self.timeout_s + _REPLY_MARGIN_S,
+                kind,
+            )
+            if reply.error is not None:
+                raise reply.error.to_exception()
+            if refusal is not None:
+                raise refusal
+            return made, reply.value
+        finally:
+            self._lock.release()
+
+    def receive(self, wanted: Callable[[Any], bool], timeout_s: float, phase: str) -> Any:
+        """The next wanted message; replies to calls that the user interrupted are passed over."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                message = self._process.recv(timeout_s=max(0.0, deadline - time.monotonic()))
+            except ProcessDied:
+                self._fail(self._own_death(phase))
+            except ChannelTimeout:
+                self._fail(
+                    CollectiveTimeoutError(
+                        f"rank {self._rank}: its scheduler process (pid {self._process.pid}) gave no answer to {phase} "
+                        f"within {timeout_s:.0f} s. End of its log:\n{self._process.log_tail()}"
+                    )
+                )
+            if isinstance(message, Failed):
+                self._fail(self._peer_failure(message))
+            if wanted(message):
+                return message
+
+    def stop(self) -> None:
+        """End the process, if it has not ended yet. Later calls raise EngineClosedError."""
+        if self._dead is None:
+            self._dead = EngineClosedError(f"the engine of rank {self._rank} was shut down; make a new SpmdEngine")
+            self._process.stop(grace_s=_STOP_GRACE_S)
+            self._finalizer.detach()
+
+    def check_failed(self) -> None:
+        """Raise if the scheduler process has ended or reported a failure meanwhile."""
+        try:
+            failed = self._process.failed()
+        except ProcessDied:
+            self._fail(self._own_death("update_weights"))
+        if failed is not None:
+            self._fail(self._peer_failure(failed))
+
+    def _own_death(self, phase: str) -> SchedulerDiedError:
+        status = self._process.wait(5.0)
+        report = {"exit_status": status, "log_tail": self._process.log_tail()}
+        bounded(lambda: self._rendezvous.post(f"died/{self._rank}", report), timeout_s=2.0)
+        return _died(self._rank, f"the scheduler process of rank {self._rank} ended during {phase}", report)
+
+    def _peer_failure(self, message: Failed) -> SpmdEngineError:
+        error = message.error.to_exception()
+        if isinstance(error, SchedulerDiedError):
+            rank = error.rank
+            report = bounded(lambda: _await_key(self._rendezvous, f"died/{rank}", 2.0), timeout_s=3.0)
+            return _died(rank, str(error), report or {})
+        return error
+
+    def _fail(self, error: SpmdEngineError) -> NoReturn:
+        self._dead = error
+        self._process.stop(grace_s=0.0)
+        self._finalizer.detach()
+        raise error
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            error = type(self._dead)(*self._dead.args)
+            vars(error).update(vars(self._dead))
+            raise error
+
+
+def _died(rank: int, what: str, report: Mapping[str, Any]) -> SchedulerDiedError:
+    status, tail = report.get("exit_status"), str(report.get("log_tail", ""))
+    how = "" if status is None else f" ({'signal ' + str(-status) if status < 0 else 'exit status ' + str(status)})"
+    text = f"{what}{how}"
+    if tail:
+        text += f". End of its log:\n{tail}"
+    return SchedulerDiedError(text, rank=rank, exit_status=status, log_tail=tail)
+
+
+def _await_key(rendezvous: Rendezvous, key: str, timeout_s: float) -> dict[str, Any] | None:
+    deadline = time.monotonic() + timeout_s
+    while (found := rendezvous.poll(key)) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found

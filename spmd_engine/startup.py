@@ -1,0 +1,168 @@
+"""From the arguments of `SpmdEngine` to a running scheduler process: check, meet the other ranks, start."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from spmd_engine.channel import PROTOCOL, LinkAddress, Start
+from spmd_engine.devices import own_gpu, visible_gpus
+from spmd_engine.digest import digest
+from spmd_engine.errors import CollectiveMismatchError, ConfigError, SpmdEngineError
+from spmd_engine.process import SchedulerProcess, child_environment
+from spmd_engine.rendezvous import Meeting, Rendezvous
+from spmd_engine.requests import has_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_OWN_ARGS = {
+    "nnodes", "node_rank", "dist_init_addr", "nccl_port", "host", "port", "base_gpu_id", "gpu_id_step",
+    "tokenizer_worker_num",
+}  # fmt: skip
+_ONLY_ONE = ("dp_size", "pp_size")
+
+
+def mesh_ranks(mesh: DeviceMesh) -> tuple[tuple[int, ...], int]:
+    """Global ranks of a replica's mesh in TP order, and this rank's index in it.
+
+    Raises:
+        ConfigError: it is not a one-dimensional mesh on the CPU.
+    """
+    if mesh.ndim != 1:
+        raise ConfigError(
+            f'device_mesh_cpu must have one dimension, the TP ranks of a replica, e.g. mesh["tp"]; got {mesh}'
+        )
+    if mesh.device_type != "cpu":
+        raise ConfigError(
+            f"device_mesh_cpu must be a mesh of device type 'cpu' (gloo), got {mesh.device_type!r}: "
+            "init_device_mesh('cpu', (dp, tp), mesh_dim_names=('dp', 'tp'))['tp']"
+        )
+    ranks = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+    return ranks, ranks.index(dist.get_rank())
+
+
+class Startup:
+    """Starts the scheduler process of one rank together with those of its peers.
+
+    Args:
+        model_path, server_args: as the user gave them.
+        ranks: global ranks of the replica, in TP order.
+        rank: the caller's global rank.
+        timeout_s: seconds to wait for the other ranks.
+
+    Attributes:
+        rendezvous: the keys of this engine in the default store.
+        tokenizer: the tokenizer, or None; known after `start`.
+    """
+
+    def __init__(
+        self, model_path: str, server_args: Mapping[str, Any], *, ranks: tuple[int, ...], rank: int, timeout_s: float
+    ) -> None:
+        self.rendezvous = Rendezvous(ranks, rank, "engine")
+        self.tokenizer: Any = None
+        self._model_path, self._server_args = model_path, dict(server_args)
+        self._ranks, self._rank, self._timeout_s = ranks, rank, timeout_s
+
+    def start(self, log_dir: str | os.PathLike[str] | None) -> SchedulerProcess:
+        """Agree with the other ranks on the arguments and start the process.
+
+        Raises:
+            ConfigError, CollectiveMismatchError, CollectiveTimeoutError: on all ranks; nothing was started.
+        """
+        given = {"model_path": self._model_path, **self._server_args}
+        note: dict[str, Any] = {"digest": digest(given), "arguments": repr(given)[:500], "refusal": None}
+        refusal: ConfigError | None = None
+        try:
+            self._check()
+            note["gpu"] = None if self._on_cpu() else own_gpu(os.environ)
+        except ConfigError as error:  # the other ranks wait: they must hear of it
+            refusal = error
+            note["refusal"] = str(error)
+        if self._rank == self._ranks[0]:
+            note["seed"] = self._server_args.get("random_seed") or secrets.randbelow(1 << 30)
+        meeting = self.rendezvous.meet(note, timeout_s=self._timeout_s, watch=lambda: None)
+        try:
+            if refusal is not None:
+                raise refusal
+            _check_agreement(self._ranks, meeting)
+            gpus = visible_gpus(self._ranks, [note["gpu"] for note in meeting.notes])
+        except SpmdEngineError:
+            _close_listener(meeting.link)
+            raise
+        return self._spawn(meeting, gpus, log_dir)
+
+    def _check(self) -> None:
+        """Check the arguments and fill in what follows from the mesh and the model's directory."""
+        looks_local = self._model_path.startswith((".", "/", "~")) or self._model_path.count("/") > 1
+        if looks_local and not os.path.exists(self._model_path):
+            raise ConfigError(f"model path {self._model_path!r} does not exist on this host")
+        args, tp_size = self._server_args, len(self._ranks)
+        for name in sorted(_OWN_ARGS & args.keys()):
+            raise ConfigError(f"{name}= is set by SpmdEngine from the device mesh; leave it out")
+        for name in _ONLY_ONE:
+            if args.pop(name, 1) not in (1, None):
+                raise ConfigError(f"{name}= must be 1: make one SpmdEngine a replica, each over its own TP mesh")
+        for name in ("tp_size", "tensor_parallel_size"):
+            if (got := args.pop(name, tp_size)) != tp_size:
+                raise ConfigError(f"{name}={got} but device_mesh_cpu has {tp_size} ranks; leave {name} out")
+        path = args.get("tokenizer_path") or self._model_path
+        if args.get("skip_tokenizer_init") is None:
+            args["skip_tokenizer_init"] = not has_tokenizer(path)
+        if not args["skip_tokenizer_init"]:
+            self.tokenizer = load_tokenizer(path, args)
+
+    def _on_cpu(self) -> bool:
+        return bool(self._server_args.get("device", "cuda" if torch.cuda.device_count() else "cpu") == "cpu")
+
+    def _spawn(self, meeting: Meeting, gpus: str, log_dir: str | os.PathLike[str] | None) -> SchedulerProcess:
+        tp_rank, tp_size = self._ranks.index(self._rank), len(self._ranks)
+        loopback = meeting.link.host in ("127.0.0.1", "::1")
+        on_cpu = self._on_cpu()
+        scratch = tempfile.mkdtemp(prefix="spmd-engine-")
+        start = Start(
+            protocol=PROTOCOL,
+            rank=self._rank,
+            tp_rank=tp_rank,
+            link=meeting.link,
+            model_path=self._model_path,
+            server_args=self._server_args,
+            random_seed=meeting.notes[0]["seed"],
+            dist_port=meeting.notes[0]["port"],
+            gpu_id=0 if on_cpu else tp_rank,
+            on_cpu=on_cpu,
+            trainer_pid=os.getpid(),
+            scratch=scratch,
+            timeout_s=self._timeout_s,
+        )
+        env = child_environment(
+            os.environ, on_cpu=on_cpu, tp_size=tp_size, loopback=loopback, scratch=scratch, gpus=gpus
+        )
+        return SchedulerProcess(start, env=env, log_dir=log_dir)
+
+
+def _check_agreement(ranks: tuple[int, ...], meeting: Meeting) -> None:
+    if len({note["digest"] for note in meeting.notes}) > 1:
+        lines = [f"rank {rank}: {note['arguments']}" for rank, note in zip(ranks, meeting.notes, strict=True)]
+        raise CollectiveMismatchError(
+            "the ranks of one replica made SpmdEngine with different arguments:\n" + "\n".join(lines)
+        )
+    for rank, note in zip(ranks, meeting.notes, strict=True):
+        if note["refusal"]:
+            raise ConfigError(f"rank {rank}: {note['refusal']}")
+    if len({note["node"] for note in meeting.notes}) > 1:
+        raise ConfigError(
+            f"the ranks {list(ranks)} of one replica are on several nodes, which is not supported yet: "
+            "choose a TP size that fits in a node"
+        )
+
+
+def _close_listener(link: LinkAddress) -> None:
+    if link.listener_fd >= 0:
+        os.close(link.listener_fd)

@@ -1,0 +1,197 @@
+"""Runs a TransferPlan: the same few calls for shards on the CPU and on GPUs.
+
+A transfer is made once for each plan (`prepare`), gets addresses whenever shards have moved (`bind`), and then copies
+as often as wanted (`copy`). The device of the engine's parameters decides which kind it is.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from spmd_engine import _native
+from spmd_engine.errors import PlanError, TransferError
+from spmd_engine.handles import OpenHandles, ShardMemory
+from spmd_engine.plan import TransferPlan
+
+_MAX_THREADS = 8
+_NATIVE_ERRORS = (_native.NativeError, _native.TableError)
+
+
+class Transfer(Protocol):
+    """A plan that can be executed."""
+
+    def bind(self, memories: Mapping[int, ShardMemory]) -> None:
+        """Take the present addresses of all shards; `memories` has every rank of the update.
+
+        Raises:
+            TransferError: a rank's memory cannot be reached. Nothing was written.
+        """
+
+    def copy(self) -> float:
+        """Move everything, and wait for it. Returns the seconds that the copy itself took, on the device.
+
+        Raises:
+            TransferError: the parameters are undefined.
+        """
+
+    def compare(self) -> int:
+        """How many elements differ from what `copy` would write."""
+
+    def wait(self) -> None:
+        """Wait for work that others queued on the parameters' device in this process."""
+
+    def close(self) -> None:
+        """Give back what the transfer holds. Twice is fine."""
+
+
+def prepare(plan: TransferPlan, *, rank: int, device: torch.device, handles: OpenHandles | None) -> Transfer:
+    """The transfer for a plan whose destinations are on `device`.
+
+    Args:
+        plan: for this process.
+        rank: global rank of this process's trainer, for messages.
+        device: of the engine's parameters.
+        handles: what this process has mapped; needed on a GPU.
+    """
+    if device.type == "cpu":
+        return CpuTransfer(plan, rank)
+    assert handles is not None
+    return CudaTransfer(plan, rank, device, handles)
+
+
+def check_reachable(memories: Mapping[int, ShardMemory], device: torch.device) -> None:
+    """Refuse what no transfer can do directly.
+
+    Args:
+        memories: of every rank of the update.
+        device: of the engine's parameters.
+
+    Raises:
+        PlanError: shards in CPU memory for an engine on a GPU, the reverse, or some of each.
+    """
+    on_cpu = sorted(rank for rank, memory in memories.items() if memory.is_cpu)
+    on_gpu = sorted(set(memories) - set(on_cpu))
+    if on_cpu and on_gpu:
+        raise PlanError(
+            f"ranks {on_cpu} hold their shards in CPU memory and ranks {on_gpu} on GPUs: an update needs all of them "
+            "in one kind of memory (staged execution, which would mix them, is not supported yet)"
+        )
+    if on_cpu and device.type != "cpu":
+        raise PlanError(
+            f"the engine computes on {device.type} and the shards of ranks {on_cpu} are in CPU memory: move them to "
+            "the GPU before update_weights (staged execution of off-loaded shards is not supported yet)"
+        )
+    if on_gpu and device.type == "cpu":
+        raise PlanError(f"the engine computes on the CPU and the shards of ranks {on_gpu} are on GPUs: move them first")
+
+
+class CpuTransfer:
+    """Reads the memory of other processes with `process_vm_readv`."""
+
+    def __init__(self, plan: TransferPlan, rank: int) -> None:
+        self._plan, self._rank = plan, rank
+        self._ranks = np.unique(plan.rank)
+        self._table: np.ndarray | None = None
+        self._pids: list[int] = []
+        self._threads = 1
+
+    def bind(self, memories: Mapping[int, ShardMemory]) -> None:
+        self._table = self._plan.bind({int(rank): memories[int(rank)].offset for rank in self._ranks})
+        self._table["source"] = np.searchsorted(self._ranks, self._plan.rank)
+        self._pids = [memories[int(rank)].pid for rank in self._ranks]
+        # All ranks of the update copy at the same time, on the same cores.
+        self._threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // len(memories)))
+
+    def copy(self) -> float:
+        assert self._table is not None
+        began = time.monotonic()
+        try:
+            _native.copy_cpu(self._table, pids=self._pids, threads=self._threads)
+        except _NATIVE_ERRORS as error:
+            raise self._failure(error) from error
+        return time.monotonic() - began
+
+    def compare(self) -> int:
+        assert self._table is not None
+        try:
+            return _native.compare_cpu(self._table, pids=self._pids, threads=self._threads).wrong_elements
+        except _NATIVE_ERRORS as error:
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._table = None
+
+    def _failure(self, error: Exception) -> TransferError:
+        return TransferError(f"rank {self._rank} could not read a shard: {error}")
+
+
+class CudaTransfer:
+    """One kernel launch, which reads the shards through mapped handles by a table in device memory."""
+
+    def __init__(self, plan: TransferPlan, rank: int, device: torch.device, handles: OpenHandles) -> None:
+        self._plan, self._rank, self._handles = plan, rank, handles
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self._uuid = _native.device_uuid(self._device)
+        self._table: _native.CopyTable | None = None
+        self._remote: np.ndarray | None = None
+
+    def bind(self, memories: Mapping[int, ShardMemory]) -> None:
+        addresses = {}
+        for rank in np.unique(self._plan.rank).tolist():
+            wanted = np.unique(self._plan.weight[self._plan.rank == rank])
+            try:
+                addresses[rank] = self._handles.addresses(memories[rank], wanted)
+            except _NATIVE_ERRORS as error:
+                raise TransferError(
+                    f"rank {self._rank} on {self._uuid} cannot open the memory of rank {rank} on "
+                    f"{memories[rank].device}: {error}. The GPUs must be able to reach each other (nvidia-smi "
+                    f"topo -p2p r), and rank {rank} must not have freed its shards"
+                ) from error
+        table = self._plan.bind(addresses)
+        far = [rank for rank in addresses if memories[rank].device != self._uuid]
+        remote = np.isin(self._plan.rank, far)
+        try:
+            if self._table is not None and self._remote is not None and np.array_equal(remote, self._remote):
+                self._table.patch(table)
+            else:
+                self.close()
+                self._table = _native.CopyTable(table, device=self._device, remote=remote)
+                self._remote = remote
+        except _NATIVE_ERRORS as error:
+            raise TransferError(f"rank {self._rank}: its copy table was refused: {error}") from error
+
+    def copy(self) -> float:
+        assert self._table is not None
+        try:
+            torch.cuda.synchronize(self._device)  # SGLang's own streams may still read the old weights
+            self._table.launch(stream=torch.cuda.current_stream(self._device).cuda_stream)
+            return self._table.elapsed_ms() / 1e3
+        except (*_NATIVE_ERRORS, torch.AcceleratorError) as error:
+            raise self._failure(error) from error
+
+    def compare(self) -> int:
+        assert self._table is not None
+        try:
+            return self._table.compare(stream=torch.cuda.current_stream(self._device).cuda_stream).wrong_elements
+        except _NATIVE_ERRORS as error:
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def close(self) -> None:
+        if self._table is not None:
+            self._table.close()
+            self._table = None
+
+    def _failure(self, error: Exception) -> TransferError:
+        return TransferError(f"rank {self._rank}: the copy on {self._uuid} failed: {error}")

@@ -1,0 +1,89 @@
+"""`update_weights` on GPUs: shards in device memory of the trainer ranks, parameters in that of SGLang."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+
+from spmd_engine import _native
+
+WORKER = Path(__file__).with_name("worker.py")
+TIMEOUT_S = 280.0
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not _native.has_cuda(), reason="spmd_engine was built without CUDA"),
+]
+two_gpus = [
+    pytest.mark.multigpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 512, "head_dim": 64}
+
+
+def run_ranks(tmp_path: Path, scenario: str, world: int, *, one_gpu_each: bool = False, **arguments: Any) -> None:
+    """Run a scenario of worker.py on `world` ranks; with `one_gpu_each` a rank sees its own GPU only, as under Ray."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+        if one_gpu_each:
+            env["CUDA_VISIBLE_DEVICES"] = str(rank)
+        with open(tmp_path / f"rank{rank}.log", "wb") as log:
+            command = [sys.executable, str(WORKER), scenario, json.dumps(arguments)]
+            ranks.append(
+                subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            )
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            assert time.monotonic() < deadline, f"no end after {TIMEOUT_S:.0f} s\n{_logs(tmp_path, world)}"
+            time.sleep(0.1)
+        time.sleep(0.5 if any(rank.poll() for rank in ranks) else 0)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert [rank.returncode for rank in ranks] == [0] * world, _logs(tmp_path, world)
+
+
+def _logs(directory: Path, world: int) -> str:
+    texts = [(directory / f"rank{rank}.log").read_text(errors="replace")[-5000:] for rank in range(world)]
+    return "\n".join(f"---- rank {rank} ----\n{text}" for rank, text in enumerate(texts))
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "world", "one_gpu_each"),
+    [
+        ("qwen2", 1, 1, False),
+        ("gemma", 1, 1, False),
+        pytest.param("qwen2", 2, 2, False, marks=two_gpus),
+        pytest.param("qwen3_moe", 2, 2, True, marks=two_gpus),
+        # Two replicas: a scheduler process reads shards on a GPU that it does not see.
+        pytest.param("qwen2", 1, 2, True, marks=two_gpus),
+    ],
+)
+def test_bit_for_bit_what_sglang_loads(tmp_path: Path, name: str, tp: int, world: int, one_gpu_each: bool) -> None:
+    path, other = (str(models.save_model(name, tmp_path / str(seed), seed=seed, **SHAPE)) for seed in (1, 2))
+    run_ranks(tmp_path, "update", world, one_gpu_each=one_gpu_each, name=name, path=path, other=other, tp=tp)
+
+
+def test_sources_that_change_and_sources_that_are_refused(tmp_path: Path) -> None:
+    path = models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE)
+    run_ranks(tmp_path, "sources", 1, path=str(path))

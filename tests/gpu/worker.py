@@ -1,0 +1,143 @@
+"""One trainer rank of a GPU test: `worker.py SCENARIO ARGUMENTS`, with torchrun's environment variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import models
+
+from spmd_engine import SpmdEngine, errors
+
+SERVER_ARGS = {
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_cuda_graph": True,
+    "disable_prefill_cuda_graph": True,
+    "max_total_tokens": 8192,
+    "mem_fraction_static": 0.5,
+    "random_seed": 7,
+    "timeout_s": 240.0,
+}
+# Large enough for SGLang's GPU kernels.
+SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 512, "head_dim": 64}
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 100, 200], list(range(20, 60))]
+GREEDY = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+
+
+def make_engine(path: str, tp: int) -> SpmdEngine:
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // tp, tp), mesh_dim_names=("dp", "tp"))["tp"]
+    return SpmdEngine(path, device_mesh_cpu=mesh, **SERVER_ARGS)
+
+
+def greedy(engine: SpmdEngine) -> list[list[int]]:
+    return [output["output_ids"] for output in engine.generate(input_ids=PROMPTS, sampling_params=GREEDY)]
+
+
+def make_trainer(name: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """FSDP2 over the whole world, on this rank's GPU."""
+    model = models.make_model(name, seed=seed, dtype=dtype, **SHAPE).cuda()
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def update(name: str, path: str, other: str, tp: int, compare_tokens: bool = True) -> None:
+    """Weights moved in are bit for bit what SGLang loads from a checkpoint."""
+    with make_engine(path, tp) as engine:
+        before = engine.weight_checksums()
+        model = make_trainer(name, seed=2)
+        first = engine.update_weights(model, verify=True)
+        assert first.planned and first.wrong_elements == 0 and first.device_s > 0
+        again = engine.update_weights(model, verify=True)
+        assert not again.planned and again.wrong_elements == 0 and again.bind_s < 1e-3
+        checksums, tokens = engine.weight_checksums(), greedy(engine)
+        assert checksums != before
+    with make_engine(other, tp) as engine:
+        expected, expected_tokens = engine.weight_checksums(), greedy(engine)
+    different = [name for name in expected if checksums[name] != expected[name]]
+    assert not different, f"{len(different)} of {len(expected)} differ: {different[:5]}"
+    assert tokens == expected_tokens or not compare_tokens
+
+
+def sources(path: str) -> None:
+    """Values, addresses and whole allocations change; casts happen on the way; what cannot be moved is refused."""
+    environment = dict(os.environ)
+    with make_engine(path, 1) as engine:
+        model = models.make_model("qwen2", seed=2, **SHAPE).cuda()
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        engine.update_weights(weights, verify=True)
+        expected = engine.weight_checksums()
+        before = engine.weight_version
+
+        masters = {name: tensor.float() for name, tensor in weights.items()}
+        assert engine.update_weights(masters, verify=True).wrong_elements == 0
+        assert engine.weight_checksums() == expected
+
+        # Values change in place: the plan and the opened handles serve again.
+        torch._foreach_mul_(list(masters.values()), 2.0)
+        stats = engine.update_weights(masters, verify=True)
+        assert not stats.planned and stats.wrong_elements == 0
+        doubled = engine.weight_checksums()
+        assert doubled != expected
+
+        # All memory is given back and taken again, as off-loading trainers do, some of it at the same addresses.
+        for _ in range(3):
+            saved = {name: tensor.cpu() for name, tensor in masters.items()}
+            masters.clear()
+            torch.cuda.empty_cache()
+            masters = {name: tensor.cuda().div_(2) for name, tensor in saved.items()}
+            stats = engine.update_weights(masters, verify=True)
+            assert not stats.planned and stats.wrong_elements == 0
+        assert engine.weight_checksums() not in (expected, doubled)
+
+        version = engine.weight_version
+        assert version == before + 5
+        with pytest.raises(errors.PlanError, match="staged execution"):
+            engine.update_weights({name: tensor.cpu() for name, tensor in weights.items()})
+        mixed = {name: tensor.cpu() if i == 3 else tensor for i, (name, tensor) in enumerate(weights.items())}
+        with pytest.raises(errors.PlanError, match="must be on one device"):
+            engine.update_weights(mixed)
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        block = torch.empty(256 << 20, dtype=torch.bfloat16, device="cuda")  # larger than what the allocator has cached
+        sizes = [tensor.numel() for tensor in weights.values()]
+        parts = block[: sum(sizes)].split(sizes)
+        expandable = {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+        with pytest.raises(errors.PlanError, match="expandable_segments"):
+            engine.update_weights(expandable)
+        assert engine.weight_version == version
+        assert engine.update_weights(weights, verify=True).wrong_elements == 0
+        assert engine.weight_checksums() == expected
+        greedy(engine)
+    assert not [name for name in sys.modules if name.split(".")[0] == "sglang"]
+    assert dict(os.environ) == environment
+
+
+SCENARIOS: dict[str, Any] = {"update": update, "sources": sources}
+
+
+def main() -> None:
+    scenario, arguments = sys.argv[1], json.loads(sys.argv[2])
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl")
+    SCENARIOS[scenario](**arguments)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

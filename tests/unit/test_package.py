@@ -1,0 +1,102 @@
+"""What importing the package does, and the small pieces that need no engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import spmd_engine
+from spmd_engine import errors
+from spmd_engine.process import child_environment
+
+PROBE = """
+import json, os, sys, time, threading
+import torch
+import torch.distributed
+before = (dict(os.environ), threading.active_count(), set(sys.modules))
+began = time.perf_counter()
+import spmd_engine
+from spmd_engine import SpmdEngine
+seconds = time.perf_counter() - began
+new = {name.split(".")[0] for name in set(sys.modules) - before[2]}
+print(json.dumps({
+    "seconds": seconds, "env": dict(os.environ) == before[0], "threads": threading.active_count() - before[1],
+    "cuda": torch.cuda.is_initialized(), "heavy": sorted(new & {"sglang", "transformers", "ray", "zmq", "triton"}),
+}))
+"""
+
+
+def test_import_is_fast_and_has_no_side_effects():
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("seconds") < 0.5
+    assert found == {"env": True, "threads": 0, "cuda": False, "heavy": []}
+
+
+def test_every_public_name_exists():
+    assert all(getattr(spmd_engine, name) is not None for name in spmd_engine.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = spmd_engine.nonsense
+
+
+def test_errors_cross_the_process_with_their_type():
+    for name in spmd_engine.__all__:
+        cls = getattr(errors, name, None)
+        if isinstance(cls, type) and issubclass(cls, errors.SpmdEngineError):
+            error = errors.ErrorReport(name, "what happened", 3).to_exception()
+            assert type(error) is cls and str(error) == "what happened"
+    died = errors.ErrorReport("SchedulerDiedError", "gone", 3).to_exception()
+    assert isinstance(died, errors.SchedulerDiedError) and died.rank == 3
+    odd = errors.ErrorReport("ErrorReport", "no exception", 1).to_exception()
+    assert type(odd) is errors.SchedulerError and "no exception" in str(odd)
+
+
+def make(environ, **kwargs):
+    return child_environment(environ, **{"on_cpu": False, "tp_size": 2, "loopback": True, "scratch": "/s", **kwargs})
+
+
+def test_child_environment_leaves_the_launcher_out():
+    launcher = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "h",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "LOCAL_RANK": "1",
+    }
+    made = make({**launcher, "PATH": "/bin", "NCCL_DEBUG": "INFO"})
+    assert not launcher.keys() & made.keys()
+    assert made["PATH"] == "/bin" and made["NCCL_DEBUG"] == "INFO" and made["NCCL_CUMEM_ENABLE"] == "0"
+    assert made["TMPDIR"] == "/s"
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("expandable_segments:True", None),
+        ("expandable_segments:True,max_split_size_mb:128", "max_split_size_mb:128"),
+        ("max_split_size_mb:128", "max_split_size_mb:128"),
+    ],
+)
+def test_child_environment_drops_expandable_segments(value, kept):
+    assert make({"PYTORCH_CUDA_ALLOC_CONF": value}).get("PYTORCH_CUDA_ALLOC_CONF") == kept
+
+
+def test_child_environment_on_cpu_asks_for_our_platform_by_name():
+    environ = dict(os.environ)
+    made = make(environ, on_cpu=True)
+    assert made["SGLANG_PLATFORM"] == "spmd_engine" and made["CUDA_VISIBLE_DEVICES"] == ""
+    assert len(made["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
+    assert "SGLANG_PLATFORM" not in make({"SGLANG_PLATFORM": "spmd_engine"})
+
+
+def test_the_platform_plug_in_stays_out_of_other_programs(monkeypatch):
+    from spmd_engine.scheduler.cpu_platform import activate
+
+    monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
+    assert activate() is None
+    monkeypatch.setenv("SGLANG_PLATFORM", "spmd_engine")
+    assert activate() == "spmd_engine.scheduler.cpu_platform.PlainCpuPlatform"

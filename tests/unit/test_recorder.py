@@ -1,0 +1,179 @@
+"""The recorder on loaders of every habit that SGLang's models have: record, plan, copy, compare with a real load."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from spmd_engine import _native, coverage
+from spmd_engine.errors import PlanError
+from spmd_engine.layout import SourceLayout, Weight
+from spmd_engine.plan import build_plan
+from spmd_engine.scheduler.recorder import DTYPE_NAMES, Recorder
+
+
+class Toy(torch.nn.Module):
+    """A model whose one parameter is loaded by the function it is given."""
+
+    def __init__(self, shape, load, dtype=torch.bfloat16):
+        super().__init__()
+        self.p = torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+        self.load = load
+
+    def load_weights(self, weights):
+        for name, weight in weights:
+            self.load(self.p, name, weight)
+
+
+def record(model: torch.nn.Module, weights: dict[str, torch.Tensor]):
+    layout = SourceLayout(tuple(Weight(n, tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in weights.items()), ())
+    recorder = Recorder(model)
+    return layout, recorder.run([(w.name, recorder.stand_in(w)) for w in layout.weights])
+
+
+def check(load, shape, dtype=torch.bfloat16, **weights):
+    """Recorded copies do what the loader does; returns the recording."""
+    recorded, real = Toy(shape, load, dtype), Toy(shape, load, dtype)
+    layout, recording = record(recorded, weights)
+    real.load_weights(weights.items())
+    assert not recording.fallback
+    table = build_plan(layout, coverage.last_of_duplicates(recording.copies), rank=0).bind(
+        {0: np.array([t.data_ptr() for t in weights.values()], dtype=np.uint64)}
+    )
+    _native.copy_cpu(table, pids=[0])
+    assert torch.equal(recorded.p.view(torch.uint8), real.p.view(torch.uint8))
+    return recording
+
+
+def randn(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def test_a_plain_copy():
+    check(lambda p, n, w: p.data.copy_(w), (4, 6), a=randn(4, 6))
+
+
+def test_narrowed_source_and_destination():
+    def load(p, name, w):
+        start = {"q": 0, "k": 4, "v": 6}[name]
+        shard = w.narrow(0, w.shape[0] // 2, w.shape[0] // 2)
+        p.data.narrow(0, start, shard.shape[0]).copy_(shard)
+
+    check(load, (8, 5), q=randn(8, 5), k=randn(4, 5), v=randn(4, 5))
+
+
+def test_stacked_experts_chunked_and_transposed():
+    def load(p, name, w):
+        gate, up = w.chunk(2, dim=0)
+        p.data[int(name)][:, :3].copy_(gate.t())
+        p.data[int(name)][:, 3:].copy_(up.transpose(0, 1))
+
+    check(load, (2, 5, 6), **{"0": randn(6, 5), "1": randn(6, 5)})
+
+
+def test_reshaped_unbound_and_squeezed():
+    def load(p, _, w):
+        for i, row in enumerate(w.view(2, 3, 4).unbind(0)):
+            p.data[i].copy_(row.unsqueeze(0).squeeze(0).reshape(-1))
+
+    check(load, (2, 12), a=randn(6, 4))
+
+
+def test_interleaved_rows_and_contiguous_copies():
+    def load(p, _, w):
+        p.data[:2].copy_(w[::2].contiguous())
+        p.data[2:].copy_(w[1::2].clone())
+
+    check(load, (4, 3), a=randn(4, 3))
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.bfloat16])
+def test_casts(source, target):
+    check(lambda p, n, w: p.data.copy_(w.to(p.dtype)), (4, 4), target, a=randn(4, 4, dtype=source))
+    check(lambda p, n, w: p.data.copy_(w.float()), (4, 4), target, a=randn(4, 4, dtype=source))
+    check(lambda p, n, w: p.data.copy_(w), (4, 4), target, a=randn(4, 4, dtype=source))
+
+
+def test_threads_of_a_loader_are_recorded_too():
+    def load(p, _, w):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda i: p.data[i].copy_(w[i]), range(4)))
+
+    assert len(check(load, (4, 4), a=randn(4, 4)).copies) == 4
+
+
+def test_padding_is_a_constant():
+    def load(p, _, w):
+        p.data[: w.shape[0]].copy_(w)
+        p.data[w.shape[0] :].fill_(0)
+
+    recording = check(load, (8, 4), a=randn(5, 4))
+    assert [(sizes, strides) for _, sizes, strides in recording.constants] == [((3, 4), (4, 1))]
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda p, n, w: p.data.copy_(w + 1),
+        lambda p, n, w: p.data.copy_(w.mul_(2)),
+        lambda p, n, w: p.data.copy_(torch.cat([w[:2], w[2:]])),
+        lambda p, n, w: p.data.add_(w),
+        lambda p, n, w: p.data.copy_(w.half().to(p.dtype)),
+        lambda p, n, w: p.data.copy_(w[:1]),  # a broadcast
+    ],
+)
+def test_arithmetic_goes_through_the_fallback_and_leaves_parameters_alone(load):
+    model = Toy((4, 4), load)
+    _, recording = record(model, {"a": randn(4, 4)})
+    assert recording.fallback == {"a"} and recording.fallback_parameters == {"p"}
+    assert not model.p.any()
+
+
+def test_a_loader_that_needs_values_takes_only_that_weight_out():
+    def load(p, name, w):
+        if name == "scale":
+            p.data[0] = w.item()
+        else:
+            p.data[1:].copy_(w)
+
+    _, recording = record(Toy((4, 4), load), {"scale": randn(1), "a": randn(3, 4)})
+    assert recording.fallback == {"scale"} and recording.is_blind
+    assert [copy.weight for copy in recording.copies] == ["a"]
+
+
+def test_a_weight_that_the_loader_skips_is_not_used():
+    _, recording = record(
+        Toy((4,), lambda p, n, w: p.data.copy_(w) if n == "a" else None), {"a": randn(4), "b": randn(4)}
+    )
+    assert recording.used() == {"a"}
+
+
+@pytest.mark.parametrize(
+    "load",
+    [lambda p, n, w: p.data.narrow(0, 0, 2).copy_(w.narrow(0, 3, 9)), lambda p, n, w: p.data.copy_(w.view(3, 5))],
+)
+def test_a_wrong_shape_is_a_plan_error(load):
+    with pytest.raises(PlanError, match="the engine's loader refuses"):
+        record(Toy((4, 4), load), {"a": randn(4, 4)})
+
+
+def region(tensor):
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def test_coverage_counts_exactly():
+    p = torch.zeros(6, 4, 8)
+    args = (p.data_ptr(), 4, tuple(p.shape))
+    assert coverage.uncovered([region(p)], *args) == 0
+    assert coverage.uncovered([region(p[:3]), region(p[3:])], *args) == 0
+    assert coverage.uncovered([region(p[:, :2]), region(p[:, 2:, :3])], *args) == 6 * 2 * 5
+    assert coverage.uncovered([], *args) == 6 * 4 * 8
+    assert coverage.uncovered([region(p[0]), region(p[0])], *args) == 5 * 4 * 8  # the same again is no overlap
+    assert coverage.uncovered([region(p[:4]), region(p[3:])], *args) is None  # an overlap
+    assert coverage.uncovered([region(p.flatten()[3:20])], *args) is None  # not a box
+    assert coverage.uncovered([region(p.transpose(0, 2)[:4])], *args) == 6 * 4 * 4
+    assert coverage.uncovered([region(p[i, :, ::1]) for i in range(6)], *args) == 0

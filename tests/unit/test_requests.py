@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+import pytest
+import torch
+
+from spmd_engine.digest import digest
+from spmd_engine.errors import InvalidRequestError
+from spmd_engine.requests import GenerateOutput, build_requests, format_outputs
+
+
+def build(**kwargs):
+    defaults = {
+        "prompt": None,
+        "sampling_params": None,
+        "input_ids": None,
+        "return_logprob": False,
+        "logprob_start_len": None,
+        "top_logprobs_num": None,
+        "token_ids_logprob": None,
+        "tokenizer": None,
+    }
+    return build_requests(**{**defaults, **kwargs})
+
+
+@pytest.mark.parametrize(
+    "ids", [[1, 2, 3], (1, 2, 3), torch.tensor([1, 2, 3]), np.array([1, 2, 3]), array("q", [1, 2, 3])]
+)
+def test_one_prompt_of_any_kind(ids):
+    if isinstance(ids, array):
+        ids = [ids]
+    requests, single = build(input_ids=ids)
+    assert [list(r.input_ids) for r in requests] == [[1, 2, 3]]
+    assert single == (not isinstance(ids, list) or ids == [1, 2, 3])
+
+
+def test_samples_of_a_prompt_stay_together_and_n_is_expanded():
+    requests, single = build(input_ids=[[1], [2]], sampling_params={"n": 2, "temperature": 0.5})
+    assert [list(r.input_ids) for r in requests] == [[1], [1], [2], [2]] and not single
+    assert all(r.sampling_params == {"n": 1, "temperature": 0.5} for r in requests)
+
+
+def test_settings_for_each_prompt():
+    requests, _ = build(
+        input_ids=[[1], [2]],
+        sampling_params=[{"top_p": 0.1}, {"top_p": 0.2}],
+        return_logprob=[True, False],
+        logprob_start_len=[0, -1],
+        top_logprobs_num=[1, 0],
+        token_ids_logprob=[[7], None],
+    )
+    assert [r.sampling_params["top_p"] for r in requests] == [0.1, 0.2]
+    assert [r.return_logprob for r in requests] == [True, False]
+    assert [r.token_ids_logprob for r in requests] == [[7], None]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({}, "either prompt= or input_ids="),
+        ({"prompt": "a", "input_ids": [1]}, "either prompt= or input_ids="),
+        ({"prompt": "a"}, "needs a tokenizer"),
+        ({"input_ids": []}, "non-empty list"),
+        ({"input_ids": "12"}, "non-empty list"),
+        ({"input_ids": [1.5, 2]}, "must hold integers"),
+        ({"input_ids": [[1], []]}, r"input_ids\[1\] is empty"),
+        ({"input_ids": [[1], [2]], "sampling_params": [{"n": 1}, {"n": 2}]}, "need the same n"),
+        ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "1 entries for 2 prompts"),
+        ({"input_ids": [1], "sampling_params": "greedy"}, "sampling_params: got 'greedy'"),
+        ({"input_ids": [1], "sampling_params": {"n": 0}}, "at least 1, got 0"),
+        ({"input_ids": [1], "return_logprob": "yes"}, "return_logprob: got 'yes'"),
+    ],
+)
+def test_wrong_arguments(kwargs, match):
+    with pytest.raises(InvalidRequestError, match=match):
+        build(**kwargs)
+
+
+def test_no_prompts_and_wrong_types_of_text():
+    tokenizer = object()
+    with pytest.raises(InvalidRequestError, match="empty list"):
+        build(prompt=[], tokenizer=tokenizer)
+    with pytest.raises(InvalidRequestError, match="images and video are not supported"):
+        build(prompt=["a", 3], tokenizer=tokenizer)
+
+
+class Letters:
+    """Token i is the letter with code i."""
+
+    def decode(self, ids, **_):
+        return "".join(map(chr, ids))
+
+    def batch_decode(self, rows, **_):
+        return [self.decode(row) for row in rows]
+
+
+def output(text, matched=None, kind="stop"):
+    reason = {"type": kind} if matched is None else {"type": kind, "matched": matched}
+    return GenerateOutput([ord(c) for c in text], reason, 2, len(text), 0, None, 3)
+
+
+@pytest.mark.parametrize(
+    ("out", "keep", "text"),
+    [
+        (output("hello", kind="length"), False, "hello"),
+        (output("hello", matched=ord("o")), False, "hell"),
+        (output("hello", matched=ord("o")), True, "hello"),
+        (output("a stop b", matched="stop"), False, "a "),
+        (output("a stop b", matched="stop"), True, "a stop"),
+    ],
+)
+def test_text_is_trimmed_as_sglang_does(out, keep, text):
+    requests, _ = build(input_ids=[120, 121], sampling_params={"no_stop_trim": keep})
+    (result,) = format_outputs(requests, [out], call=9, tokenizer=Letters(), return_text_in_logprobs=False)
+    assert result["text"] == text
+    assert result["output_ids"] == out.output_ids
+    assert result["meta_info"]["id"] == "9-0" and result["meta_info"]["weight_version"] == 3
+
+
+def test_digest_tells_values_not_identities():
+    a, b = "x" * 3, "".join(["x", "x", "x"])
+    assert digest([a, a]) == digest([a, b])
+    assert digest({"p": 1, "q": 2}) == digest({"q": 2, "p": 1})
+    different = [[1], [1.0], ["1"], [True], [[1]], [1, 1], (1, 2), {"a": 1}, array("q", [1]), np.array([1]), None, {1}]
+    assert len({digest(value) for value in different}) == len(different)
+    assert digest(array("q", [1, 2])) == digest(array("q", [1, 2]))
