@@ -180,8 +180,15 @@ struct ByteUnit : ElementUnit<from, to> {
   static __device__ __forceinline__ In load(const char* at) { return gather<In>(at); }
   static __device__ __forceinline__ Out load_stored(const char* at) { return gather<Out>(at); }
   static __device__ __forceinline__ void store(Out out, char* at) {
+    if constexpr (sizeof(Out) == 2) {
+      // ptxas of CUDA 13.0 turns "store the low byte of what cvt.rn.bf16.f32 gave" into a conversion to an integer
+      // (F2I.U8.F16). A byte permutation keeps it from seeing the two next to each other.
+      at[0] = static_cast<char>(__byte_perm(out, 0, 0x4440));
+      at[1] = static_cast<char>(__byte_perm(out, 0, 0x4441));
+    } else {
 #pragma unroll
-    for (uint32_t i = 0; i < sizeof(Out); ++i) at[i] = static_cast<char>(out >> (8 * i));
+      for (uint32_t i = 0; i < sizeof(Out); ++i) at[i] = static_cast<char>(out >> (8 * i));
+    }
   }
 };
 

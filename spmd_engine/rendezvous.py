@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from spmd_engine import links
 from spmd_engine.channel import LinkAddress
-from spmd_engine.errors import CollectiveTimeoutError, ConfigError
+from spmd_engine.errors import CollectiveTimeoutError, ConfigError, SchedulerDiedError
 
 _POLL_S = 0.005
 _counters: dict[str, int] = {}
@@ -86,10 +86,21 @@ class Rendezvous:
         self._store.set(key, json.dumps(value))
 
     def poll(self, key: str) -> dict[str, Any] | None:
-        """The value of `key`, or None if nobody has posted it yet."""
-        if not self._store.check([key]):
-            return None
-        value: dict[str, Any] = json.loads(self._store.get(key))
+        """The value of `key`, or None if nobody has posted it yet.
+
+        Raises:
+            SchedulerDiedError: the store is gone, and with it the process that serves it.
+        """
+        try:
+            if not self._store.check([key]):
+                return None
+            value: dict[str, Any] = json.loads(self._store.get(key))
+        except dist.DistError as error:
+            raise SchedulerDiedError(
+                f"rank {self.rank} cannot reach the store of torch.distributed any more ({error}): the process that "
+                "serves it, rank 0 or the launcher, has ended",
+                rank=0,
+            ) from error
         return value
 
     def collect(self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None]) -> list[dict[str, Any]]:
@@ -97,6 +108,7 @@ class Rendezvous:
 
         Raises:
             CollectiveTimeoutError: a rank did not come.
+            SchedulerDiedError: the store is gone.
         """
         self.post(f"note/{self.rank}", note)
         deadline = time.monotonic() + timeout_s

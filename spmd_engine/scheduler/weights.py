@@ -286,10 +286,11 @@ def _cover(model: torch.nn.Module, recording: Recording) -> set[str]:
             part = "" if name not in touching else f"{left} of the {parameter.numel()} elements of "
             missing.append(f"{part}{name} {list(parameter.shape)}")
     if missing:
-        more = len(missing) - _NAMES_SHOWN
+        shown = ", ".join(missing[:_NAMES_SHOWN])
+        if len(missing) > _NAMES_SHOWN:
+            shown += f" and {len(missing) - _NAMES_SHOWN} more"
         raise PlanError(
-            f"the source has no weight for {', '.join(missing[:_NAMES_SHOWN])}{f' and {more} more' if more > 0 else ''}; "
-            "pass the whole model: every parameter of the engine must be covered"
+            f"the source has no weight for {shown}; pass the whole model: every parameter of the engine must be covered"
         )
     return fallback
 
@@ -308,7 +309,7 @@ def _whole(weight: Weight, buffer: torch.Tensor) -> RecordedCopy:
 
 
 def _check_all_used(layout: SourceLayout, optional: frozenset[str], used: list[dict[str, list[int]]]) -> None:
-    """Refuse weights that no rank reads, or reads only in part: the engine's model is another one than the trainer's."""
+    """Refuse weights that no rank reads, or reads only in part: engine and trainer have different models."""
     for weight in layout.weights:
         ranges = [ranks[weight.name] for ranks in used if weight.name in ranks]
         if not ranges:

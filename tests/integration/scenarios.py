@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -37,6 +38,18 @@ def shard(model: torch.nn.Module, world: int) -> torch.nn.Module:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def unmapped_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose memory is no longer there, as after a free."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, ctypes.c_size_t(tensor.nbytes), 3, 0x22, -1, 0)
+    memory = (ctypes.c_char * tensor.nbytes).from_address(address)
+    gone = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    assert libc.munmap(address, tensor.nbytes) == 0
+    return gone
 
 
 # ---- weights ----
@@ -137,6 +150,15 @@ def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
         mine = weights if context.rank == 0 else {**weights, q_proj: weights[q_proj].to(torch.int8)}
         refused(mine, "different calls", errors.CollectiveMismatchError)
         assert engine.weight_checksums() == expected
+
+        # Shards of one rank that are gone: an error on both, no tokens from a mixture, and the next update heals it.
+        broken = {**weights, q_proj: unmapped_like(weights[q_proj]) if context.rank == 1 else weights[q_proj]}
+        with pytest.raises(errors.TransferError, match="rank 1 could not read a shard"):
+            engine.update_weights(broken)
+        with pytest.raises(errors.WeightsInconsistentError, match=f"weight version {version + 1} failed half-way"):
+            greedy(engine)
+        engine.update_weights(weights)
+        assert engine.weight_checksums() == expected and greedy(engine) == tokens
         return {}
 
 
@@ -396,6 +418,7 @@ def bad_starts(context: Any, path: str) -> dict[str, Any]:
     refused(config, "attention_backend|choose|invalid|Invalid", attention_backend="no_such_backend")
     refused(errors.CollectiveMismatchError, "rank 0.*\n.*rank 1", context_length=128 + context.rank)
     refused(config, "is set by SpmdEngine", **({"port": 1} if context.rank == 0 else {}))  # one rank only
+    dist.barrier()  # rank 0 serves the store of the others
     return {}
 
 

@@ -1,0 +1,129 @@
+"""Describing sources, on this process alone; several ranks are in the integration tests."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.distributed.tensor import Shard as TorchShard
+
+from spmd_engine.errors import CollectiveTimeoutError, PlanError
+from spmd_engine.handles import NOWHERE, ShardMemory, export_shards
+from spmd_engine.layout import Mesh, Shard
+from spmd_engine.rendezvous import Rendezvous, bounded, node_identity
+from spmd_engine.sources import SourceReader, ranks_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(6, 4)
+        self.head = torch.nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("scratch", torch.ones(3), persistent=False)
+
+
+def test_a_module_has_parameters_buffers_and_second_names():
+    source = SourceReader(0).read(Model())
+    assert {w.name for w in source.layout.weights} == {"embed.weight", "scale", "head.weight"}
+    assert source.optional == {"scale", "head.weight"}
+    assert source.device is None
+
+
+def test_dtensors_are_described_by_their_placements():
+    mesh = init_device_mesh("cpu", (1,))
+    weights = {"w": distribute_tensor(torch.randn(4, 4), mesh, [TorchShard(-2)]), "p": torch.randn(2)}
+    source = SourceReader(0).read(weights)
+    sharded, plain = source.layout.weights
+    assert (sharded.mesh, sharded.placements) == (0, (Shard(0),)) and plain.mesh == -1
+    assert source.layout.meshes == (Mesh((1,), (0,)),)
+    assert int(source.addresses[0]) == weights["w"].to_local().data_ptr()
+    assert ranks_of(weights) == {0}
+
+
+def test_the_same_source_is_recognised_and_a_moved_one_is_not():
+    reader, model = SourceReader(0), Model()
+    first = reader.read(model)
+    assert reader.read(model).layout is first.layout
+    model.scale = model.scale.clone()
+    assert reader.read(model).layout is not first.layout
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda mesh: {"w": torch.zeros(2, dtype=torch.int8)}, "'w' is torch.int8"),
+        (lambda mesh: {"w": torch.zeros(2, device="meta")}, "'w' is on the meta device"),
+        (lambda mesh: {"w": torch.zeros(2, 3).t()}, "'w' is not contiguous"),
+        (lambda mesh: {"w": [1.0]}, "'w' maps to list"),
+        (lambda mesh: {}, "holds no weights"),
+        (lambda mesh: 7, "got int"),
+        (lambda mesh: {"w": DTensor.from_local(torch.zeros(2), mesh, [Partial()])}, "'w' has the placement"),
+    ],
+)
+def test_refusals_name_the_weight(make, match):
+    with pytest.raises(PlanError, match=match):
+        SourceReader(0).read(make(init_device_mesh("cpu", (1,))))
+
+
+def test_shard_memory_crosses_a_link():
+    memory = ShardMemory(
+        "GPU-1", 7, (b"a" * 64, b"b" * 64), np.array([0, NOWHERE, 1], np.uint32), np.array([8, 0, 16], np.uint64)
+    )
+    assert ShardMemory.from_frame(*memory.to_frame()).same_as(memory)
+    header, blob = memory.to_frame()
+    with pytest.raises(ValueError, match="cannot hold 2 handles"):
+        ShardMemory.from_frame(header, blob[:-1])
+    assert not memory.same_as(None)
+    assert export_shards(np.array([1, 2], np.uint64), device=None).is_cpu
+
+
+def test_rendezvous_of_two_ranks_and_of_a_rank_that_never_comes():
+    met = []
+    ranks = (0, 5)
+    points = [Rendezvous(ranks, 0, "pair"), None]
+    # The counter of meetings is one a process; the second "rank" is a thread of this one.
+    points[1] = Rendezvous.__new__(Rendezvous)
+    points[1].ranks, points[1].rank, points[1]._store = ranks, 5, points[0]._store
+    thread = threading.Thread(target=lambda: met.append(points[1].meet({"n": 2}, timeout_s=5.0, watch=lambda: None)))
+    thread.start()
+    meeting = points[0].meet({"n": 1}, timeout_s=5.0, watch=lambda: None)
+    thread.join()
+    assert [note["n"] for note in meeting.notes] == [1, 2] == [note["n"] for note in met[0].notes]
+    assert meeting.link.token == met[0].link.token and meeting.link.listener_fd >= 0 > met[0].link.listener_fd
+    assert {note["node"] for note in meeting.notes} == {node_identity()}
+
+    began = time.monotonic()
+    with pytest.raises(CollectiveTimeoutError, match="waited 0 s for rank 9"):
+        Rendezvous((0, 9), 0, "pair").meet({}, timeout_s=0.2, watch=lambda: None)
+    assert time.monotonic() - began < 5
+
+    def watch():
+        raise KeyError("news")
+
+    with pytest.raises(KeyError, match="news"):
+        Rendezvous((0, 9), 0, "pair").meet({}, timeout_s=5.0, watch=watch)
+
+
+def test_a_bounded_call_ends_in_time():
+    assert bounded(lambda: 5, timeout_s=1.0) == 5
+    assert bounded(lambda: 1 / 0, timeout_s=1.0) is None
+    began = time.monotonic()
+    assert bounded(lambda: time.sleep(3), timeout_s=0.1) is None
+    assert time.monotonic() - began < 2
