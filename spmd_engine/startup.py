@@ -89,9 +89,7 @@ class Startup:
             note["seed"] = self._server_args.get("random_seed") or secrets.randbelow(1 << 30)
         meeting = self.rendezvous.meet(note, timeout_s=self._timeout_s, watch=lambda: None)
         try:
-            if refusal is not None:
-                raise refusal
-            _check_agreement(self._ranks, meeting)
+            _check_agreement(self._ranks, meeting, refusal)
             gpus = visible_gpus(self._ranks, [note["gpu"] for note in meeting.notes])
         except SpmdEngineError:
             _close_listener(meeting.link)
@@ -147,12 +145,15 @@ class Startup:
         return SchedulerProcess(start, env=env, log_dir=log_dir)
 
 
-def _check_agreement(ranks: tuple[int, ...], meeting: Meeting) -> None:
+def _check_agreement(ranks: tuple[int, ...], meeting: Meeting, refusal: ConfigError | None) -> None:
+    """Raise if the ranks differ, else what any of them refused (this one with its own words), else if nodes differ."""
     if len({note["digest"] for note in meeting.notes}) > 1:
         lines = [f"rank {rank}: {note['arguments']}" for rank, note in zip(ranks, meeting.notes, strict=True)]
         raise CollectiveMismatchError(
             "the ranks of one replica made SpmdEngine with different arguments:\n" + "\n".join(lines)
         )
+    if refusal is not None:
+        raise refusal
     for rank, note in zip(ranks, meeting.notes, strict=True):
         if note["refusal"]:
             raise ConfigError(f"rank {rank}: {note['refusal']}")

@@ -417,7 +417,7 @@ def bad_starts(context: Any, path: str) -> dict[str, Any]:
     refused(config, "one dimension", device_mesh_cpu=init_device_mesh("cpu", (1, context.world)))
     refused(config, "attention_backend|choose|invalid|Invalid", attention_backend="no_such_backend")
     refused(errors.CollectiveMismatchError, "rank 0.*\n.*rank 1", context_length=128 + context.rank)
-    refused(config, "is set by SpmdEngine", **({"port": 1} if context.rank == 0 else {}))  # one rank only
+    refused(errors.CollectiveMismatchError, "'port': 1", **({"port": 1} if context.rank == 0 else {}))
     dist.barrier()  # rank 0 serves the store of the others
     return {}
 
