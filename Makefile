@@ -31,9 +31,9 @@ $(DEMO_ENV)/.ready: $(SOURCES) $(wildcard spmd_engine/*.py spmd_engine/*/*.py)
 	$(DEMO_ENV)/bin/pip install --quiet "sglang==$(SGLANG)" ".[demo]"
 	touch $@
 
-# PYTHONSAFEPATH: the installed package runs, not the source in this folder. ARGS: e.g. "--seed 1 --steps 120".
+# ARGS: e.g. "--seed 1 --steps 120".
 demo: $(DEMO_ENV)/.ready
-	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(DEMO_ENV)/bin/torchrun --standalone --nproc_per_node 2 examples/grpo.py --out out $(ARGS)
+	OMP_NUM_THREADS=1 $(DEMO_ENV)/bin/torchrun --standalone --nproc_per_node 2 examples/grpo.py --out out $(ARGS)
 
 test: $(TEST_ENV)/.ready
 	$(BIN)/python -m pytest -m "not gpu and not multigpu" tests

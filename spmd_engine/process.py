@@ -7,6 +7,7 @@ import getpass
 import os
 import shutil
 import signal
+import site
 import socket
 import subprocess
 import sys
@@ -47,6 +48,9 @@ def child_environment(
     env.setdefault("NCCL_NVLS_ENABLE", "0")
     env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     env["PYTHONUNBUFFERED"] = "1"
+    home = str(Path(__file__).resolve().parents[1])
+    if home not in (*site.getsitepackages(), site.getusersitepackages()):  # not installed: imported from a source tree
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
     # What SGLang leaves behind in the temporary directory goes with the engine; compiled kernels are kept.
     env.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"))
     env["TMPDIR"] = scratch
@@ -95,7 +99,8 @@ class SchedulerProcess:
         self._scratch = start.scratch
         self.log: IO[bytes] = _open_log(log_dir, start.rank)
         listener_fd = start.link.listener_fd
-        command = [sys.executable, "-m", "spmd_engine.scheduler", str(theirs.fileno())]
+        # -P: a package of the same name in the working directory is not ours.
+        command = [sys.executable, "-P", "-m", "spmd_engine.scheduler", str(theirs.fileno())]
         try:
             self._popen = subprocess.Popen(
                 command,

@@ -86,7 +86,8 @@ class Startup:
             refusal = error
             note["refusal"] = str(error)
         if self._rank == self._ranks[0]:
-            note["seed"] = self._server_args.get("random_seed") or secrets.randbelow(1 << 30)
+            seed = self._server_args.get("random_seed")
+            note["seed"] = secrets.randbelow(1 << 30) if seed is None else seed
         meeting = self.rendezvous.meet(note, timeout_s=self._timeout_s, watch=lambda: None)
         try:
             _check_agreement(self._ranks, meeting, refusal)

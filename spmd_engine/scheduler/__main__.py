@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import sys
@@ -60,6 +61,9 @@ def _serve(start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> 
     feed = Feed(start, channel, links, watchdog)
     scheduler = adapter.make_scheduler(start, receiver=feed, sink=feed.outputs)
     feed.attach(scheduler)
+    # What SGLang has imported and built stays for good; traversing it would pause a rollout for half a second.
+    gc.collect()
+    gc.freeze()
     channel.send(Ready(adapter.describe(scheduler)))
     scheduler.run_event_loop()
 
