@@ -200,7 +200,8 @@ __device__ __forceinline__ void dispatch(const BlockCopy& b, const Tile& tile, T
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+// One thread block fills a multiprocessor's share of the memory's rate; more of them make the memory slower, not faster.
+__global__ void __launch_bounds__(kThreads, 1)
     copy_kernel(const BlockCopy* __restrict__ blocks, const Tile* __restrict__ tiles, uint64_t tile_count) {
   Tally unused;
   for (uint64_t t = blockIdx.x; t < tile_count; t += gridDim.x)

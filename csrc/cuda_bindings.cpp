@@ -52,6 +52,7 @@ uint64_t open_bytes(int device, const py::bytes& handle) {
 void register_cuda(py::module_& m) {
   m.attr("has_cuda") = true;
   m.def("export_allocation", export_bytes, py::arg("address"));
+  m.def("allocation_ids", allocation_ids, py::arg("addresses"));
   m.def("open_handle", open_bytes, py::arg("device"), py::arg("handle"));
   m.def("close_handle", close_handle, py::arg("address"), Unlocked());
   m.def("device_uuid", device_uuid, py::arg("device"), Unlocked());

@@ -57,6 +57,17 @@ ExportedAllocation export_allocation(uint64_t address) {
   return {base, size, std::string(reinterpret_cast<const char*>(&handle), sizeof(handle))};
 }
 
+std::vector<uint64_t> allocation_ids(const std::vector<uint64_t>& addresses) {
+  std::vector<uint64_t> ids;
+  ids.reserve(addresses.size());
+  for (const uint64_t address : addresses) {
+    unsigned long long id = 0;
+    if (driver().cuPointerGetAttribute(&id, CU_POINTER_ATTRIBUTE_BUFFER_ID, address) != CUDA_SUCCESS) id = 0;
+    ids.push_back(id);
+  }
+  return ids;
+}
+
 uint64_t open_handle(int device, const std::string& handle) {
   cudaIpcMemHandle_t raw;
   if (handle.size() != sizeof(raw)) throw NativeError("a handle has 64 bytes, got " + std::to_string(handle.size()));

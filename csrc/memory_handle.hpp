@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace spmd {
 
@@ -17,6 +18,10 @@ struct ExportedAllocation {
 // Exports the whole allocation that `address` lies in; it must stay allocated while another process has it open.
 // Throws NotExportableError for memory that legacy CUDA IPC cannot share.
 ExportedAllocation export_allocation(uint64_t address);
+
+// For each address a number that no other allocation of this process has had or will have, so that memory which was
+// freed and allocated again at the same address is noticed; 0 for what is not allocated.
+std::vector<uint64_t> allocation_ids(const std::vector<uint64_t>& addresses);
 
 // Maps an allocation of another process and returns its address here. Every success needs one close_handle.
 uint64_t open_handle(int device, const std::string& handle);

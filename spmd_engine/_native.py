@@ -41,6 +41,7 @@ __all__ = [
     "SourceGoneError",
     "SourcePermissionError",
     "TableError",
+    "allocation_ids",
     "allow_ptrace_by_any",
     "close_handle",
     "compare_cpu",
@@ -180,6 +181,15 @@ def export_allocation(address: int) -> ExportedAllocation:
     """
     base, size, handle = _cuda("export_allocation")(address)
     return ExportedAllocation(base=base, size=size, handle=handle)
+
+
+def allocation_ids(addresses: Sequence[int]) -> list[int]:
+    """For each device address the number of its allocation, unique for the life of this process; 0 if it is free.
+
+    Memory that was freed and allocated again at the same address has another number. Takes well under a microsecond.
+    """
+    ids: list[int] = _cuda("allocation_ids")(addresses)
+    return ids
 
 
 def open_handle(handle: bytes, *, device: int) -> int:

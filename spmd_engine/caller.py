@@ -57,32 +57,29 @@ class Caller:
         try:
             self._check_alive()
             self.seq += 1
-            refusal: SpmdEngineError | None = None
+            refusal: Exception | None = None
             made, payload = None, None
             try:
                 made, summary = prepare()
                 payload = as_payload(made)
-            except SpmdEngineError as error:
+            except CollectiveTimeoutError as error:
+                self._fail(error)
+            except Exception as error:
                 # The other ranks may be waiting: tell them, so that all of them get an error now.
                 if self._dead is not None:
                     raise
-                refusal, summary = error, f"{kind}(...) refused: {error}"
+                refusal, summary = error, f"{kind}(...) refused: {type(error).__name__}: {error}"
                 payload = refusal_payload()
             call = Call(
                 seq=self.seq,
                 kind="refused" if refusal else kind,
                 payload=payload,
-                digest=digest([kind, summary] if refusal else [kind, (as_digest or as_payload)(made)]),
+                digest=digest(["refused", kind] if refusal else [kind, (as_digest or as_payload)(made)]),
                 summary=summary,
                 overlapped=overlapped,
                 timeout_s=self.timeout_s,
             )
-            self._process.send(call)
-            reply: Reply = self.receive(
-                lambda message: isinstance(message, Reply) and message.seq == call.seq,
-                self.timeout_s + _REPLY_MARGIN_S,
-                kind,
-            )
+            reply = self._exchange(call, kind)
             if reply.error is not None:
                 raise reply.error.to_exception()
             if refusal is not None:
@@ -91,8 +88,27 @@ class Caller:
         finally:
             self._lock.release()
 
+    def _exchange(self, call: Call, kind: str) -> Reply:
+        try:
+            self._process.send(call)
+            reply: Reply = self.receive(
+                lambda message: isinstance(message, Reply) and message.seq == call.seq,
+                self.timeout_s + _REPLY_MARGIN_S,
+                kind,
+            )
+        except SpmdEngineError:
+            raise
+        except BaseException as error:
+            # Ctrl-C, say. A message may be half sent or half read, and the scheduler processes may be copying shards.
+            text = f"rank {self._rank}: {kind} was interrupted by {type(error).__name__}; make a new SpmdEngine"
+            self._dead = EngineClosedError(text)
+            self._process.stop(grace_s=0.0)
+            self._finalizer.detach()
+            raise
+        return reply
+
     def receive(self, wanted: Callable[[Any], bool], timeout_s: float, phase: str) -> Any:
-        """The next wanted message; replies to calls that the user interrupted are passed over."""
+        """The next wanted message."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:

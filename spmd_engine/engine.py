@@ -172,7 +172,8 @@ class SpmdEngine:
         Args:
             source: an `nn.Module` (plain, or sharded by FSDP2's `fully_shard`), or a mapping from Hugging Face names
                 to tensors or DTensors. Floating-point weights are cast to the engine's dtype on the way.
-            verify: compare every element after the copy and count those that differ.
+            verify: compare every element after the copy and count those that differ. Weights that take the model's own
+                loader (`fallback_weights`) are compared as that loader gets them.
 
         Returns:
             UpdateStats of this rank.

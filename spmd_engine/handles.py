@@ -45,6 +45,8 @@ class ShardMemory:
 
     def same_as(self, other: ShardMemory | None) -> bool:
         """Whether both name the same bytes, so that what was opened and planned for one serves the other."""
+        if self is other:
+            return True
         return (
             other is not None
             and (self.device, self.pid, self.handles) == (other.device, other.pid, other.handles)
@@ -89,24 +91,51 @@ def export_shards(addresses: np.ndarray, *, device: int | None) -> ShardMemory:
     """
     if device is None:
         return ShardMemory(CPU, os.getpid(), (), np.zeros(len(addresses), np.uint32), addresses)
-    bases: list[int] = []
-    handles: list[bytes] = []
-    end = 0
+    exported: list[_native.ExportedAllocation] = []
     for address in np.unique(addresses[addresses > 0]).tolist():
-        if address >= end:
-            exported = _native.export_allocation(address)
-            bases.append(exported.base)
-            handles.append(exported.handle)
-            end = exported.base + exported.size
+        if not exported or address >= exported[-1].base + exported[-1].size:
+            exported.append(_native.export_allocation(address))
     allocation = np.full(len(addresses), NOWHERE, np.uint32)
     offset = np.zeros(len(addresses), np.uint64)
-    held = addresses > 0
-    if bases:
-        starts = np.array(bases, np.uint64)
+    if exported:
+        held = addresses > 0
+        starts = np.array([one.base for one in exported], np.uint64)
         index = np.searchsorted(starts, addresses[held], side="right") - 1
         allocation[held] = index
         offset[held] = addresses[held] - starts[index]
-    return ShardMemory(_native.device_uuid(device), os.getpid(), tuple(handles), allocation, offset)
+    handles = tuple(one.handle for one in exported)
+    return ShardMemory(_native.device_uuid(device), os.getpid(), handles, allocation, offset)
+
+
+class Exporter:
+    """`export_shards`, but what has not moved since the last time is not exported again."""
+
+    def __init__(self) -> None:
+        self._addresses = np.zeros(0, np.uint64)
+        self._probes: list[int] = []  # an address in each allocation
+        self._ids: list[int] = []
+        self._last: ShardMemory | None = None
+
+    def export(self, addresses: np.ndarray, *, device: int | None) -> ShardMemory:
+        """The same object as the last time if nothing has moved. Arguments and errors as for `export_shards`."""
+        if self._last is not None and self._is_unmoved(addresses, device):
+            return self._last
+        self._last = None
+        memory = export_shards(addresses, device=device)
+        _, first = np.unique(memory.allocation[addresses > 0], return_index=True)
+        self._probes = [] if device is None else addresses[addresses > 0][first].tolist()
+        self._ids = _native.allocation_ids(self._probes) if self._probes else []
+        self._addresses, self._last = addresses, memory
+        return memory
+
+    def _is_unmoved(self, addresses: np.ndarray, device: int | None) -> bool:
+        assert self._last is not None
+        return (
+            self._last.is_cpu == (device is None)
+            and np.array_equal(addresses, self._addresses)
+            # An address alone does not tell: memory may have been freed and allocated again at the same one.
+            and (not self._probes or _native.allocation_ids(self._probes) == self._ids)
+        )
 
 
 class OpenHandles:

@@ -128,12 +128,12 @@ class Links:
                 sock = socket.create_connection(
                     (address.host, address.port), timeout=max(0.001, deadline - time.monotonic())
                 )
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                send_frame(sock, {"token": address.token, "rank": self.rank, "lane": lane})
             except TimeoutError:
                 raise LinkTimeout(self.hub, timeout_s) from None
             except OSError:
                 raise PeerGone(self.hub) from None
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            send_frame(sock, {"token": address.token, "rank": self.rank, "lane": lane})
             store[self.hub] = sock
 
     def exchange(self, header: dict[str, Any], blob: bytes = b"", *, timeout_s: float) -> list[Frame]:

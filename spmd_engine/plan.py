@@ -12,7 +12,7 @@ a strided view, now of the piece's memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -97,15 +97,13 @@ def build_plan(
     copies: Iterable[RecordedCopy],
     *,
     rank: int,
-    nearness: Callable[[int], int] = lambda _: 1,
 ) -> TransferPlan:
     """Cut recorded copies along the pieces that ranks hold.
 
     Args:
         layout: what the trainer holds.
         copies: what the engine of `rank` wants.
-        rank: the global rank that copies; its own shard is always preferred.
-        nearness: a smaller number is a better source among ranks that hold the same piece.
+        rank: the global rank that copies. Of several ranks that hold a piece it prefers itself, then the lowest.
 
     Raises:
         PlanError: a weight is missing, or a box of it is held by no rank.
@@ -124,7 +122,7 @@ def build_plan(
         found = 0
         for piece in _pieces_of(weight, layout, rank):
             for offset, block in _intersect(copy, piece, weight.shape):
-                source = min(piece.ranks, key=lambda r: (r != rank, nearness(r), r))
+                source = min(piece.ranks, key=lambda r: (r != rank, r))
                 for row in _rows(copy, weight, offset, block):
                     rows.append(row)
                     sources.append(source)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from spmd_engine.channel import Channel, ChannelClosed, Failed, Shutdown, Start
+from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Failed, Shutdown, Start
 
 LOG_TAIL_BYTES = 4000
 _LAUNCHER_VARIABLES = {
@@ -52,7 +51,7 @@ def child_environment(
     if home not in (*site.getsitepackages(), site.getusersitepackages()):  # not installed: imported from a source tree
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
     # What SGLang leaves behind in the temporary directory goes with the engine; compiled kernels are kept.
-    env.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"))
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}"))
     env["TMPDIR"] = scratch
     # It takes shared memory and a process of its own, for broadcasts that no scheduler of ours makes.
     env["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
@@ -90,14 +89,14 @@ class SchedulerProcess:
         start: its first message; `start.link.listener_fd`, if any, is handed over and closed here, and
             `start.scratch` is removed when the process has ended.
         env: its whole environment.
-        log_dir: directory for its log; by default the log has no name and vanishes with the two processes.
+        log: open file for what it prints, from `open_log`; closed when the process has ended.
     """
 
-    def __init__(self, start: Start, *, env: dict[str, str], log_dir: str | os.PathLike[str] | None) -> None:
+    def __init__(self, start: Start, *, env: dict[str, str], log: IO[bytes]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.rank = start.rank
         self._scratch = start.scratch
-        self.log: IO[bytes] = _open_log(log_dir, start.rank)
+        self.log = log
         listener_fd = start.link.listener_fd
         # -P: a package of the same name in the working directory is not ours.
         command = [sys.executable, "-P", "-m", "spmd_engine.scheduler", str(theirs.fileno())]
@@ -152,8 +151,6 @@ class SchedulerProcess:
         Raises:
             ProcessDied: the process ended.
         """
-        from spmd_engine.channel import ChannelTimeout
-
         try:
             message = self.recv(timeout_s=0.0)
         except ChannelTimeout:
@@ -195,7 +192,8 @@ class SchedulerProcess:
             self._pidfd = -1
 
 
-def _open_log(log_dir: str | os.PathLike[str] | None, rank: int) -> IO[bytes]:
+def open_log(log_dir: str | os.PathLike[str] | None, rank: int) -> IO[bytes]:
+    """A new log in `log_dir`; without one, a file without a name that vanishes with the processes that have it open."""
     if log_dir is None:
         return tempfile.TemporaryFile(prefix="spmd-engine-")
     directory = Path(log_dir)

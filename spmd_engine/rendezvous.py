@@ -6,6 +6,7 @@ watch for other news.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -83,7 +84,15 @@ class Rendezvous:
         self._store = dist.PrefixStore(f"{name}/{count}", dist.distributed_c10d._get_default_store())
 
     def post(self, key: str, value: dict[str, Any]) -> None:
-        self._store.set(key, json.dumps(value))
+        """Leave word for the other ranks.
+
+        Raises:
+            SchedulerDiedError: the store is gone, and with it the process that serves it.
+        """
+        try:
+            self._store.set(key, json.dumps(value))
+        except dist.DistError as error:
+            raise self._store_gone(error) from error
 
     def poll(self, key: str) -> dict[str, Any] | None:
         """The value of `key`, or None if nobody has posted it yet.
@@ -96,12 +105,15 @@ class Rendezvous:
                 return None
             value: dict[str, Any] = json.loads(self._store.get(key))
         except dist.DistError as error:
-            raise SchedulerDiedError(
-                f"rank {self.rank} cannot reach the store of torch.distributed any more ({error}): the process that "
-                "serves it, rank 0 or the launcher, has ended",
-                rank=0,
-            ) from error
+            raise self._store_gone(error) from error
         return value
+
+    def _store_gone(self, error: Exception) -> SchedulerDiedError:
+        return SchedulerDiedError(
+            f"rank {self.rank} cannot reach the store of torch.distributed any more ({error}): the process that "
+            "serves it, rank 0 or the launcher, has ended",
+            rank=0,
+        )
 
     def collect(self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None]) -> list[dict[str, Any]]:
         """Post `note` and wait for the notes of all ranks, in their order; `watch` runs in between and may raise.
@@ -111,6 +123,15 @@ class Rendezvous:
             SchedulerDiedError: the store is gone.
         """
         self.post(f"note/{self.rank}", note)
+        try:
+            return self._gather(timeout_s, watch)
+        except BaseException:
+            # A rank that comes too late must not take this note for an answer.
+            with contextlib.suppress(Exception):
+                self._store.delete_key(f"note/{self.rank}")
+            raise
+
+    def _gather(self, timeout_s: float, watch: Callable[[], None]) -> list[dict[str, Any]]:
         deadline = time.monotonic() + timeout_s
         notes = []
         for rank in self.ranks:

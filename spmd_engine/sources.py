@@ -168,10 +168,9 @@ def _signature(name: str, tensor: torch.Tensor, is_buffer: bool) -> tuple[object
 def _named_tensors(source: object) -> Iterator[Item]:
     if isinstance(source, torch.nn.Module):
         persistent = source.state_dict(keep_vars=True)
-        parameters = dict(source.named_parameters(remove_duplicate=False))
         for name, tensor in persistent.items():
             if isinstance(tensor, torch.Tensor):
-                yield name, tensor, name not in parameters
+                yield name, tensor, not isinstance(tensor, torch.nn.Parameter)
     elif isinstance(source, Mapping):
         for name, tensor in source.items():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):

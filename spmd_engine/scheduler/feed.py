@@ -90,7 +90,7 @@ class Feed:
         }
         frames = self._exchange(self._replica, agreement, b"", call)
         error = verdict(self._replica, frames)
-        wide = next((tuple(header["wide"]) for header, _ in frames if header["wide"]), ())
+        wide = max((tuple(header["wide"]) for header, _ in frames), key=len)  # a refusing rank may not know its peers
         if wide and wide != self._replica and wide in self._links:
             # The other replicas are on their way into the same update: they must hear of an error here.
             note = {**agreement, "error": None if error is None else [error.kind, error.message]}
@@ -163,7 +163,9 @@ class Feed:
         me = self._start.rank
         if isinstance(error, LinkTimeout):
             kind = "CollectiveTimeoutError"
-            message = f"rank {me} was in {what} and {error}, which did not make the same call"
+            message = (
+                f"rank {me} was in {what} and {error}, which did not make the same call or itself waits for a rank"
+            )
         else:
             deadline = time.monotonic() + _DEPARTURE_GRACE_S
             while error.rank not in self._watchdog.departed and time.monotonic() < deadline:

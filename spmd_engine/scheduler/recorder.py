@@ -29,6 +29,9 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _RELAYOUTS = {aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.lift_fresh.default}
 
 
+_WRITES = {aten.fill_.Scalar, aten.zero_.default, aten.copy_.default}
+
+
 class NeedsValuesError(Exception):
     """A loader asked for the values of weights, which a recording does not have."""
 
@@ -46,7 +49,7 @@ class Recording:
         fallback: names of weights whose loading is not a plain copy.
         fallback_parameters: names of the parameters that such weights reach.
         is_blind: a loader asked for values, so the recording does not know which parameters it writes from them.
-        constants: (address, sizes, strides) of regions that the loader filled with a constant by itself.
+        constants: (address, sizes, strides) of regions that the loader filled by itself, or the fallback will.
     """
 
     copies: list[RecordedCopy] = field(default_factory=list)
@@ -120,11 +123,14 @@ class _ConstantMode(TorchDispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (aten.fill_.Scalar, aten.zero_.default) and not isinstance(args[0], RecordingTensor):
-            tensor = args[0]
-            if self._recorder.parameter_at(tensor) is not None:
-                region = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-                self._recorder.recording.constants.append(region)
+        target: Any = args[0] if args else None
+        if func in _WRITES and not any(isinstance(x, RecordingTensor) for x in args):
+            parameter = self._recorder.parameter_at(target)
+            if parameter is not None:
+                self._recorder.recording.constants.append(_region(target))
+                if func is aten.copy_.default and self._recorder.is_stale(args[1]):
+                    self._recorder.recording.fallback_parameters.add(parameter)
+                    return target  # what it would write was never computed
         return func(*args, **(kwargs or {}))
 
 
@@ -142,6 +148,7 @@ class Recorder:
         for name, tensor in all_tensors(model):
             if tensor.numel():
                 spans.setdefault(tensor.data_ptr(), (tensor.data_ptr() + tensor.nbytes, name))
+        self._stale: list[torch.Tensor] = []  # temporaries of a loader that lack what a weight should have given them
         self._starts = sorted(spans)
         self._spans = spans
         self.device = next(model.parameters()).device
@@ -188,7 +195,9 @@ class Recorder:
     def _settled(self) -> Recording:
         """The recording, without copies of weights that turned out to need the fallback after they were made."""
         recording = self.recording
-        recording.fallback_parameters |= {c.parameter for c in recording.copies if c.weight in recording.fallback}
+        dropped = [copy for copy in recording.copies if copy.weight in recording.fallback]
+        recording.constants += [(copy.dst_address, copy.sizes, copy.dst_strides) for copy in dropped]
+        recording.fallback_parameters |= {copy.parameter for copy in dropped}
         recording.copies = [copy for copy in recording.copies if copy.weight not in recording.fallback]
         return recording
 
@@ -245,8 +254,18 @@ class Recorder:
 
     def _fall_back(self, destination: Any, origins: frozenset[str]) -> None:
         self.recording.fallback |= origins
-        if isinstance(destination, torch.Tensor) and not isinstance(destination, RecordingTensor):
-            self.recording.fallback_parameters.add(self.parameter_at(destination) or "")
+        if not isinstance(destination, torch.Tensor) or isinstance(destination, RecordingTensor):
+            return
+        parameter = self.parameter_at(destination)
+        if parameter is None:
+            self._stale.append(destination)
+        else:
+            self.recording.fallback_parameters.add(parameter)
+            self.recording.constants.append(_region(destination))
+
+    def is_stale(self, tensor: Any) -> bool:
+        """Whether `tensor` shares memory with a temporary that a recording leaves unwritten."""
+        return isinstance(tensor, torch.Tensor) and any(_same_storage(tensor, stale) for stale in self._stale)
 
     def _copy(self, destination: torch.Tensor, source: RecordingTensor) -> None:
         parameter = self.parameter_at(destination)
@@ -284,6 +303,10 @@ def all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers; one storage may appear under several names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def _region(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -42,6 +42,7 @@ class _Prepared:
     record_s: float
     plan_s: float
     transfer: transfer.Transfer
+    parameters: tuple[int, ...]  # addresses; a loader that replaces a parameter makes the plan void
     is_bound: bool = False  # to the present addresses of the shards
 
 
@@ -80,14 +81,15 @@ class WeightsKeeper:
         ranks, key = tuple(payload["ranks"]), payload["key"]
         if payload["layout"] is not None:
             self._layouts[key] = (payload["layout"], payload["optional"])
-        is_new = key not in self._prepared
-        moved = self._share_addresses(payload, is_new, exchange)
+        is_new = key not in self._prepared or self._prepared[key].parameters != self._parameter_addresses()
+        states = self._share_addresses(payload, is_new, exchange)
         waited = time.monotonic()
-        if any(header["is_new"] for header in moved):
+        # What any rank needs, all do: each step ends in an exchange that all must reach.
+        if any(state["is_new"] for state in states):
             self._prepare_together(key, ranks, exchange)
         prepared = self._prepared[key]
         binding = time.monotonic()
-        if not prepared.is_bound:
+        if any(state["is_new"] or state["memory"] is not None or not state["is_bound"] for state in states):
             self._bind_together(prepared, ranks, exchange)
 
         copying = time.monotonic()
@@ -116,10 +118,15 @@ class WeightsKeeper:
     # ---- before the copy ----
 
     def _share_addresses(self, payload: dict[str, Any], is_new: bool, exchange: Exchange) -> list[dict[str, Any]]:
-        """Tell all ranks where this rank's shards are, if they moved. All shards are final when this returns."""
+        """Tell all ranks where this rank's shards are, if they moved, and what it has prepared.
+
+        All shards are final when this returns. Returns every rank's state.
+        """
         memory: ShardMemory | None = payload["memory"]
         described, blob = (None, b"") if memory is None else memory.to_frame()
-        frames = exchange({"rank": self._rank, "is_new": is_new, "memory": described}, blob)
+        is_bound = not is_new and self._prepared[payload["key"]].is_bound
+        state = {"rank": self._rank, "is_new": is_new, "is_bound": is_bound, "memory": described}
+        frames = exchange(state, blob)
         for sent, places in frames:
             if sent["memory"] is not None:
                 self._memories[sent["rank"]] = ShardMemory.from_frame(sent["memory"], places)
@@ -175,8 +182,12 @@ class WeightsKeeper:
             used=used,
             record_s=recorded - began,
             plan_s=time.monotonic() - recorded,
+            parameters=self._parameter_addresses(),
             transfer=transfer.prepare(plan, rank=self._rank, device=self._device, handles=self._handles),
         )
+
+    def _parameter_addresses(self) -> tuple[int, ...]:
+        return tuple(parameter.data_ptr() for parameter in adapter.model_of(self._scheduler).parameters())
 
     # ---- the copy and after ----
 
@@ -270,8 +281,6 @@ def _cover(model: torch.nn.Module, recording: Recording) -> set[str]:
         if parameter.dtype not in DTYPE_NAMES or not parameter.numel() or parameter.data_ptr() in seen:
             continue
         seen.add(parameter.data_ptr())
-        if name in recording.fallback_parameters:
-            continue  # the model's own loader decides
         base, size = parameter.data_ptr(), parameter.numel() * parameter.element_size()
         constant = [region for region in recording.constants if base <= region[0] < base + size]
         written = [*regions.get(name, []), *constant]
@@ -282,6 +291,8 @@ def _cover(model: torch.nn.Module, recording: Recording) -> set[str]:
         )
         if left is None and name in touching:
             fallback |= touching[name]
+        elif left is None and name in recording.fallback_parameters:
+            continue  # written by the model's own loader, in a way that no boxes describe
         elif left != 0 and not (recording.is_blind and name not in touching):
             part = "" if name not in touching else f"{left} of the {parameter.numel()} elements of "
             missing.append(f"{part}{name} {list(parameter.shape)}")

@@ -29,7 +29,8 @@ SERVER_ARGS = {
     "max_total_tokens": 8192,
     "mem_fraction_static": 0.5,
     "random_seed": 7,
-    "timeout_s": 240.0,
+    "timeout_s": 180.0,
+    "log_dir": ".",  # the directory of the test
 }
 # Large enough for SGLang's GPU kernels.
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 512, "head_dim": 64}

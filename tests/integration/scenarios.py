@@ -163,8 +163,27 @@ def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
             engine.update_weights(broken)
         with pytest.raises(errors.WeightsInconsistentError, match=f"weight version {version + 1} failed half-way"):
             greedy(engine)
-        engine.update_weights(weights)
+        # `moved` is where the last committed update read from, so nothing seems to have moved since.
+        engine.update_weights(moved)
         assert engine.weight_checksums() == expected and greedy(engine) == tokens
+        with pytest.raises(errors.PlanError, match="does not know"):
+            engine.update_weights(
+                {"model.aaa.weight": torch.zeros(4), **models.make_model("qwen2", seed=3).state_dict()}
+            )
+        assert engine.update_weights(moved, verify=True).wrong_elements == 0
+        assert engine.weight_checksums() == expected
+
+        # Ctrl-C in the middle ends the engine rather than leaving half a message behind.
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises((KeyboardInterrupt, errors.SchedulerDiedError, errors.EngineClosedError)):
+            engine.generate(input_ids=PROMPTS, sampling_params={**GREEDY, "max_new_tokens": 200})
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        with pytest.raises((errors.EngineClosedError, errors.SchedulerDiedError)):
+            engine.generate(input_ids=PROMPTS)
         return {}
 
 

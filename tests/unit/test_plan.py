@@ -154,12 +154,12 @@ def whole(shape, address=64, name="w", parameter="p"):
     return RecordedCopy(name, shape, 0, strides, address, strides, "float32", parameter)
 
 
-def test_own_shard_is_preferred_and_then_the_nearest_rank():
+def test_own_shard_is_preferred():
     layout = SourceLayout((Weight("w", (4, 4), "float32", 0, (Replicate(),)),), (Mesh((3,), (0, 1, 2)),))
     plan = build_plan(layout, [whole((4, 4))], rank=1)
     assert set(plan.rank) == {1} and plan.remote_bytes == 0
-    plan = build_plan(layout, [whole((4, 4))], rank=7, nearness=lambda r: {0: 2, 1: 2, 2: 1}[r])
-    assert set(plan.rank) == {2} and plan.local_bytes == 0
+    plan = build_plan(layout, [whole((4, 4))], rank=7)
+    assert set(plan.rank) == {0} and plan.local_bytes == 0
 
 
 def test_a_row_sharded_weight_is_one_row_of_the_table():

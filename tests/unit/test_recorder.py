@@ -133,6 +133,23 @@ def test_arithmetic_goes_through_the_fallback_and_leaves_parameters_alone(load):
     assert not model.p.any()
 
 
+def test_a_temporary_that_was_never_filled_is_not_written_into_a_parameter():
+    def load(p, _, w):
+        staging = torch.ones(4, 4, dtype=w.dtype)
+        staging.copy_(w)
+        p.data.copy_(staging)
+
+    model = Toy((4, 4), load)
+    _, recording = record(model, {"a": randn(4, 4)})
+    assert recording.fallback == {"a"} and recording.fallback_parameters == {"p"}
+    assert not model.p.any()
+
+
+def test_a_parameter_written_only_in_part_by_the_fallback_is_known():
+    _, recording = record(Toy((4, 4), lambda p, n, w: p.data[:2].copy_(w + 1)), {"a": randn(2, 4)})
+    assert [sizes for _, sizes, _ in recording.constants] == [(2, 4)]
+
+
 def test_a_loader_that_needs_values_takes_only_that_weight_out():
     def load(p, name, w):
         if name == "scale":
