@@ -200,7 +200,7 @@ __device__ __forceinline__ void dispatch(const BlockCopy& b, const Tile& tile, T
   }
 }
 
-// One thread block fills a multiprocessor's share of the memory's rate; more of them make the memory slower, not faster.
+// One thread block fills a multiprocessor's share of the memory's rate; with more of them the memory is slower.
 __global__ void __launch_bounds__(kThreads, 1)
     copy_kernel(const BlockCopy* __restrict__ blocks, const Tile* __restrict__ tiles, uint64_t tile_count) {
   Tally unused;

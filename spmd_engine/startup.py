@@ -49,6 +49,18 @@ def mesh_ranks(mesh: DeviceMesh) -> tuple[tuple[int, ...], int]:
     return ranks, ranks.index(dist.get_rank())
 
 
+def shared_scratch(token: str) -> str:
+    """The temporary directory of a replica's processes on this node; whoever ends first removes it.
+
+    It is one for all of them because torch's symmetric memory, which SGLang's custom all-reduce uses, meets there.
+    """
+    path = os.path.join(tempfile.gettempdir(), f"spmd-engine-{digest(token)[:16]}")
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    if os.stat(path).st_uid != os.getuid():
+        raise ConfigError(f"{path} belongs to another user")
+    return path
+
+
 class Startup:
     """Starts the scheduler process of one rank together with those of its peers.
 
@@ -129,7 +141,7 @@ class Startup:
         tp_rank, tp_size = self._ranks.index(self._rank), len(self._ranks)
         loopback = meeting.link.host in ("127.0.0.1", "::1")
         on_cpu = self._on_cpu()
-        scratch = tempfile.mkdtemp(prefix="spmd-engine-")
+        scratch = shared_scratch(meeting.link.token)
         start = Start(
             protocol=PROTOCOL,
             rank=self._rank,
