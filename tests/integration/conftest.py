@@ -36,6 +36,6 @@ def reference(checkpoint: Save, tmp_path_factory: pytest.TempPathFactory) -> Ref
     @cache
     def run(name: str, tp: int, generates: bool) -> list[Any]:
         directory = tmp_path_factory.mktemp("reference")
-        return run_job("reference", tp, directory, path=checkpoint(name, 2), tp=tp, generates=generates).values
+        return run_job("weights.reference", tp, directory, path=checkpoint(name, 2), tp=tp, generates=generates).values
 
     return run

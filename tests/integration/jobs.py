@@ -55,9 +55,10 @@ def run_job(
     torchrun: bool = False,
     **arguments: Any,
 ) -> JobResult:
-    """Run `scenarios.<scenario>(context, **arguments)` on `world` ranks and check their exit status.
+    """Run a scenario on `world` ranks and check their exit status.
 
     Args:
+        scenario: "module.function" in `integration.scenarios`, called with a `Context` and `arguments`.
         directory: an empty directory for what the job writes.
         expect_status: exit status of each rank; all zero by default.
         torchrun: start the ranks with torchrun rather than directly.

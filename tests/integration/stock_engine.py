@@ -1,4 +1,4 @@
-"""The calls of `scenarios.text` on SGLang's own engine: `stock_engine.py MODEL OUTPUT`."""
+"""The calls of `scenarios.generate.text` on SGLang's own engine: `stock_engine.py MODEL OUTPUT`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 def main() -> None:
     import sglang
 
-    from integration.scenarios import _text_outputs
+    from integration.scenarios.generate import text_outputs
 
     engine = sglang.Engine(
         model_path=sys.argv[1],
@@ -23,7 +23,7 @@ def main() -> None:
         log_level="warning",
     )
     try:
-        Path(sys.argv[2]).write_text(json.dumps(_text_outputs(engine)))
+        Path(sys.argv[2]).write_text(json.dumps(text_outputs(engine)))
     finally:
         engine.shutdown()
 

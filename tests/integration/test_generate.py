@@ -15,21 +15,23 @@ from integration.jobs import environment, run_job
 
 
 def test_forms_and_lockstep(tmp_path, checkpoint):
-    ranks = run_job("generate", 2, tmp_path, path=checkpoint("qwen2", 1)).values
+    ranks = run_job("generate.generate", 2, tmp_path, path=checkpoint("qwen2", 1)).values
     assert ranks[0] == ranks[1]
 
 
 def test_under_torchrun(tmp_path, checkpoint):
-    ranks = run_job("reference", 2, tmp_path, torchrun=True, path=checkpoint("qwen2", 1), tp=2, generates=True).values
+    ranks = run_job(
+        "weights.reference", 2, tmp_path, torchrun=True, path=checkpoint("qwen2", 1), tp=2, generates=True
+    ).values
     assert ranks[0]["tokens"] == ranks[1]["tokens"] is not None
 
 
 def test_wrong_calls(tmp_path, checkpoint):
-    run_job("bad_requests", 2, tmp_path, path=checkpoint("qwen2", 1))
+    run_job("generate.bad_requests", 2, tmp_path, path=checkpoint("qwen2", 1))
 
 
 def test_a_call_from_a_second_thread_is_refused_on_all_ranks(tmp_path, checkpoint):
-    run_job("overlapping", 2, tmp_path, path=checkpoint("qwen2", 1))
+    run_job("generate.overlapping", 2, tmp_path, path=checkpoint("qwen2", 1))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def with_tokenizer(tmp_path_factory):
 
 def test_text_equals_sglang_engine(tmp_path, with_tokenizer):
     """The same outputs as `sglang.Engine` for the same calls: text, tokens, finish reasons, log-probabilities."""
-    ours = run_job("text", 1, tmp_path / "ours", path=str(with_tokenizer)).values[0]
+    ours = run_job("generate.text", 1, tmp_path / "ours", path=str(with_tokenizer)).values[0]
     output = tmp_path / "theirs.json"
     env = environment(tmp_path)
     env.update(

@@ -18,28 +18,28 @@ def leftovers(directory) -> list[str]:
 
 def test_the_trainer_process_stays_as_it_was(tmp_path, checkpoint):
     shared = set(os.listdir("/dev/shm"))
-    run_job("purity", 2, tmp_path, path=checkpoint("qwen2", 1))
+    run_job("life.purity", 2, tmp_path, path=checkpoint("qwen2", 1))
     assert leftovers(tmp_path) == []
     assert {name for name in set(os.listdir("/dev/shm")) - shared if "sglang" in name or "spmd" in name} == set()
 
 
 def test_an_idle_scheduler_process_uses_no_cpu(tmp_path, checkpoint):
-    values = run_job("idle", 2, tmp_path, path=checkpoint("qwen2", 1)).values
+    values = run_job("life.idle", 2, tmp_path, path=checkpoint("qwen2", 1)).values
     assert all(value["share"] < 0.01 for value in values), values
 
 
 def test_wrong_starts(tmp_path, checkpoint):
-    run_job("bad_starts", 2, tmp_path, path=checkpoint("qwen2", 1))
+    run_job("life.bad_starts", 2, tmp_path, path=checkpoint("qwen2", 1))
 
 
 def test_heads_that_tp_does_not_divide(tmp_path, checkpoint):
     path = checkpoint("qwen2", 1, num_attention_heads=3, num_key_value_heads=3, hidden_size=48)
-    run_job("heads_not_divisible", 2, tmp_path, path=path)
+    run_job("life.heads_not_divisible", 2, tmp_path, path=path)
 
 
 @pytest.mark.parametrize("during", ["generate", "update_weights"])
 def test_kill_of_a_scheduler_process(tmp_path, checkpoint, during):
-    run_job("kill_scheduler", 2, tmp_path, path=checkpoint("qwen2", 1), during=during)
+    run_job("life.kill_scheduler", 2, tmp_path, path=checkpoint("qwen2", 1), during=during)
     assert leftovers(tmp_path) == []
 
 
@@ -53,21 +53,21 @@ def gone_within(pid: int, seconds: float) -> bool:
 
 
 def test_kill_of_a_trainer_rank_takes_its_scheduler_process_along(tmp_path, checkpoint):
-    run_job("kill_trainer", 2, tmp_path, path=checkpoint("qwen2", 1), expect_status=(0, -9))
+    run_job("life.kill_trainer", 2, tmp_path, path=checkpoint("qwen2", 1), expect_status=(0, -9))
     for rank in (0, 1):
         assert gone_within(int((tmp_path / f"scheduler{rank}.pid").read_text()), 5.0)
     assert leftovers(tmp_path) == []
 
 
 def test_exit_without_shutdown_leaves_nothing(tmp_path, checkpoint):
-    run_job("exit_without_shutdown", 1, tmp_path, path=checkpoint("qwen2", 1))
+    run_job("life.exit_without_shutdown", 1, tmp_path, path=checkpoint("qwen2", 1))
     assert gone_within(int((tmp_path / "scheduler0.pid").read_text()), 5.0)
     assert leftovers(tmp_path) == []
 
 
 def test_a_rank_that_never_comes(tmp_path, checkpoint):
-    run_job("late_rank", 2, tmp_path, path=checkpoint("qwen2", 1))
+    run_job("life.late_rank", 2, tmp_path, path=checkpoint("qwen2", 1))
 
 
 def test_a_rank_that_shuts_down_early(tmp_path, checkpoint):
-    run_job("peer_shuts_down", 2, tmp_path, path=checkpoint("qwen2", 1))
+    run_job("life.peer_shuts_down", 2, tmp_path, path=checkpoint("qwen2", 1))

@@ -16,7 +16,14 @@ def check(tmp_path, checkpoint, reference, name, tp, world, replicate=False):
     generates = name != "deepseek_v2"
     expected = reference(name, tp, generates)
     job = run_job(
-        "update", world, tmp_path, name=name, path=checkpoint(name, 1), tp=tp, generates=generates, replicate=replicate
+        "weights.update",
+        world,
+        tmp_path,
+        name=name,
+        path=checkpoint(name, 1),
+        tp=tp,
+        generates=generates,
+        replicate=replicate,
     )
     for rank, value in enumerate(job.values):
         wanted = expected[rank % tp]
@@ -46,4 +53,4 @@ def test_a_plain_module_moves_no_byte_between_ranks(tmp_path, checkpoint, refere
 
 
 def test_sources_that_are_taken_and_refused(tmp_path, checkpoint):
-    run_job("update_sources", 2, tmp_path, path=checkpoint("qwen2", 1), other=checkpoint("qwen2", 2))
+    run_job("weights.update_sources", 2, tmp_path, path=checkpoint("qwen2", 1), other=checkpoint("qwen2", 2))

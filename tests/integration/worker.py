@@ -1,8 +1,9 @@
-"""One trainer rank of a test job: `worker.py SCENARIO ARGUMENTS DIRECTORY`, with torchrun's environment."""
+"""One trainer rank of a test job: `worker.py MODULE.FUNCTION ARGUMENTS DIRECTORY`, with torchrun's environment."""
 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import os
 import sys
@@ -37,11 +38,11 @@ class Context:
 def main() -> None:
     faulthandler.enable()
     scenario, arguments, directory = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
-    from integration import scenarios
-
+    module, function = scenario.split(".")
+    run = getattr(importlib.import_module(f"integration.scenarios.{module}"), function)
     dist.init_process_group("gloo")
     context = Context(dist.get_rank(), dist.get_world_size(), directory)
-    value = getattr(scenarios, scenario)(context, **arguments)
+    value = run(context, **arguments)
     (directory / f"rank{context.rank}.json").write_text(json.dumps(value))
     sys.stdout.flush()
     os._exit(0)  # a peer that a test has killed must not hold up the exit

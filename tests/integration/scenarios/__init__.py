@@ -1,0 +1,1 @@
+"""What the ranks of the test jobs do. Assertions here fail the rank, and with it the job."""

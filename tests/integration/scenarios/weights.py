@@ -1,0 +1,158 @@
+"""Moving weights."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+from typing import Any
+
+import models
+import pytest
+import torch
+
+from integration.scenarios.common import GREEDY, PROMPTS, greedy, shard
+from spmd_engine import errors
+
+
+def unmapped_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose memory is no longer there, as after a free."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, ctypes.c_size_t(tensor.nbytes), 3, 0x22, -1, 0)
+    memory = (ctypes.c_char * tensor.nbytes).from_address(address)
+    gone = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    assert libc.munmap(address, tensor.nbytes) == 0
+    return gone
+
+
+def reference(context: Any, path: str, tp: int, generates: bool) -> dict[str, Any]:
+    """An engine that loaded its weights from disk: checksums and greedy tokens."""
+    with context.engine(path, tp) as engine:
+        return {"checksums": engine.weight_checksums(), "tokens": greedy(engine) if generates else None}
+
+
+def update(context: Any, name: str, path: str, tp: int, generates: bool, replicate: bool = False) -> dict[str, Any]:
+    """Start from other weights, move the sharded model in, and report like `reference`."""
+    with context.engine(path, tp) as engine:
+        before = engine.weight_checksums()
+        model = models.make_model(name, seed=2)
+        if not replicate:
+            shard(model, context.world)
+        first = engine.update_weights(model, verify=True)
+        assert first.planned and first.wrong_elements == 0
+        assert engine.weight_version == first.weight_version == 1
+        second = engine.update_weights(model, verify=True)
+        assert not second.planned and second.record_s == 0 and second.wrong_elements == 0
+        assert second.weight_version == 2
+        after = engine.weight_checksums()
+        assert after.keys() == before.keys() and after != before
+        tokens = greedy(engine) if generates else None
+        return {
+            "checksums": after,
+            "tokens": tokens,
+            "local": first.local_bytes,
+            "remote": first.remote_bytes,
+            "fallback": first.fallback_weights,
+        }
+
+
+def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
+    """What a source may be, and what it may not: refusals leave the engine alive with its old weights."""
+    with context.engine(path, context.world) as engine:
+        start = engine.weight_checksums()
+        model = models.make_model("qwen2", seed=2)
+        expected = {}
+
+        # A mapping of plain tensors; float32 masters are cast on the way, to what torch's cast gives.
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        engine.update_weights(weights, verify=True)
+        expected = engine.weight_checksums()
+        assert expected != start
+        masters = {name: tensor.float() for name, tensor in weights.items()}
+        assert engine.update_weights(masters, verify=True).wrong_elements == 0
+        assert engine.weight_checksums() == expected
+        halves = {name: (tensor * 3).half() for name, tensor in weights.items()}
+        assert engine.update_weights(halves, verify=True).wrong_elements == 0
+        assert engine.weight_checksums() != expected
+
+        # FSDP2 float32 masters, stepped by an optimizer: addresses stay, contents change, the plan is reused.
+        trainer = shard(models.make_model("qwen2", seed=2, dtype=torch.float32), context.world)
+        assert engine.update_weights(trainer, verify=True).planned
+        from_shards = engine.weight_checksums()
+        # After a forward without backward FSDP2 leaves its root unsharded: some weights are whole on every rank.
+        with torch.no_grad():
+            trainer(torch.tensor([[1, 2, 3, 4]]))
+        assert engine.update_weights(trainer, verify=True).wrong_elements == 0
+        assert engine.weight_checksums() == from_shards
+        optimizer = torch.optim.AdamW(trainer.parameters(), lr=0.01)
+        loss = trainer(torch.tensor([[1, 2, 3, 4]])).logits.float().square().mean()
+        loss.backward()
+        optimizer.step()
+        stepped = engine.update_weights(trainer, verify=True)
+        assert not stepped.planned and stepped.wrong_elements == 0
+        assert engine.weight_checksums() != expected
+
+        # Memory that moved between updates is noticed.
+        moved = {name: tensor.clone() for name, tensor in weights.items()}
+        result = engine.update_weights(moved, verify=True)
+        assert not result.planned and result.wrong_elements == 0
+        assert engine.weight_checksums() == expected
+        version = engine.weight_version
+
+        # Refusals.
+        def refused(source: Any, match: str, kind: type[Exception] = errors.PlanError) -> None:
+            with pytest.raises(kind, match=match):
+                engine.update_weights(source)
+            assert engine.weight_version == version
+            assert greedy(engine) == tokens
+
+        tokens = greedy(engine)
+        q_proj = "model.layers.0.self_attn.q_proj.weight"
+        refused({k: v for k, v in weights.items() if k != q_proj}, r"qkv_proj\.weight")
+        refused({k: v for k, v in weights.items() if k != "model.norm.weight"}, r"model\.norm\.weight")
+        refused({**weights, "model.extra.weight": torch.zeros(4)}, "does not know weight 'model.extra.weight'")
+        wide = torch.zeros(weights[q_proj].shape[0] * 2, weights[q_proj].shape[1], dtype=torch.bfloat16)
+        refused({**weights, q_proj: wide}, "q_proj")
+        refused({**weights, "model.norm.weight": torch.zeros(3, dtype=torch.bfloat16)}, r"model\.norm\.weight")
+        refused({**weights, q_proj: weights[q_proj].to(torch.int8)}, "q_proj.weight' is torch.int8")
+        refused({**weights, q_proj: weights[q_proj].t()}, "not contiguous")
+        refused({**weights, q_proj: weights[q_proj].to("meta")}, "meta device")
+        refused({}, "holds no weights")
+        refused([weights], "an nn.Module or a mapping")
+        # Another layout than the peer's: refused on both, by name.
+        mine = weights if context.rank == 0 else {k: v.float() for k, v in weights.items()}
+        refused(mine, "different calls", errors.CollectiveMismatchError)
+        # A refusal on one rank only.
+        mine = weights if context.rank == 0 else {**weights, q_proj: weights[q_proj].to(torch.int8)}
+        refused(mine, "different calls", errors.CollectiveMismatchError)
+        assert engine.weight_checksums() == expected
+
+        # Shards of one rank that are gone: an error on both, no tokens from a mixture, and the next update heals it.
+        broken = {**weights, q_proj: unmapped_like(weights[q_proj]) if context.rank == 1 else weights[q_proj]}
+        with pytest.raises(errors.TransferError, match="rank 1 could not read a shard"):
+            engine.update_weights(broken)
+        with pytest.raises(errors.WeightsInconsistentError, match=f"weight version {version + 1} failed half-way"):
+            greedy(engine)
+        # `moved` is where the last committed update read from, so nothing seems to have moved since.
+        engine.update_weights(moved)
+        assert engine.weight_checksums() == expected and greedy(engine) == tokens
+        with pytest.raises(errors.PlanError, match="does not know"):
+            engine.update_weights(
+                {"model.aaa.weight": torch.zeros(4), **models.make_model("qwen2", seed=3).state_dict()}
+            )
+        assert engine.update_weights(moved, verify=True).wrong_elements == 0
+        assert engine.weight_checksums() == expected
+
+        # Ctrl-C in the middle ends the engine rather than leaving half a message behind.
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises((KeyboardInterrupt, errors.SchedulerDiedError, errors.EngineClosedError)):
+            engine.generate(input_ids=PROMPTS, sampling_params={**GREEDY, "max_new_tokens": 200})
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        with pytest.raises((errors.EngineClosedError, errors.SchedulerDiedError)):
+            engine.generate(input_ids=PROMPTS)
+        return {}
