@@ -69,9 +69,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Ready:
-    """The scheduler process serves. `info` describes the model for the trainer rank."""
-
-    info: dict[str, Any]
+    """The scheduler process serves."""
 
 
 @dataclass(frozen=True)

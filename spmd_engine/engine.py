@@ -64,8 +64,7 @@ class SpmdEngine:
         self._tokenizer = startup.tokenizer
         self._caller = Caller(rank, self._process, startup.rendezvous, timeout_s)
         self._updates = WeightUpdates(rank, self._ranks, self._process, timeout_s)
-        ready = self._caller.receive(lambda message: isinstance(message, Ready), timeout_s, "start")
-        self._info: dict[str, Any] = ready.info
+        self._caller.receive(lambda message: isinstance(message, Ready), timeout_s, "start")
         logger.info("rank %d: scheduler process %d serves %s", rank, self._process.pid, model_path)
 
     # ---- facts ----

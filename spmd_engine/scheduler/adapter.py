@@ -7,7 +7,6 @@ import difflib
 import hashlib
 import inspect
 import logging
-import os
 from typing import Any
 
 import torch
@@ -159,18 +158,6 @@ def _check_heads(args: Any, start: Start) -> None:
         raise ConfigError(
             f"the model has {heads} attention heads, which TP {tp_size} does not divide: choose another TP size"
         )
-
-
-def describe(scheduler: Any) -> dict[str, Any]:
-    """Plain facts about the model that the trainer rank may want."""
-    config = scheduler.model_config
-    return {
-        "vocab_size": int(config.vocab_size),
-        "context_len": int(config.context_len),
-        "max_req_input_len": int(scheduler.max_req_input_len),
-        "max_total_num_tokens": int(scheduler.max_total_num_tokens),
-        "pid": os.getpid(),
-    }
 
 
 def model_of(scheduler: Any) -> torch.nn.Module:
