@@ -35,8 +35,17 @@ PROMPT_LEN, ANSWER_LEN = DIGITS + 2, DIGITS + 1
 PROMPTS, GROUP = 64, 8  # a step samples GROUP answers to each of PROMPTS prompts
 LEARNING_RATE, CLIP, ENTROPY = 2e-3, 0.2, 0.1
 PHASES = ("rollout", "train", "sync")
-CPU_ARGS = {"device": "cpu"}
-GPU_ARGS = {"attention_backend": "triton", "sampling_backend": "pytorch", "mem_fraction_static": 0.2}
+# On the CPU the engine computes in float32 as the trainer does, so that log-probabilities differ by rounding only.
+# SGLang's GPU kernels take 16-bit weights: update_weights casts on the way.
+CPU_ARGS = {"device": "cpu", "dtype": "float32"}
+GPU_ARGS = {
+    "dtype": "bfloat16",
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_prefill_cuda_graph": True,
+    "mem_fraction_static": 0.2,
+}
 EDGE = 5  # the verdict compares the first and the last EDGE steps
 
 
@@ -142,15 +151,9 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, list[floa
         fully_shard(model, reshard_after_forward=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
 
-        # The engine reads the initial checkpoint; what it learns later comes through update_weights alone. It computes
-        # in float32, too, so that its log-probabilities differ from the trainer's by rounding only. With
-        # dtype="bfloat16", update_weights would cast on the way.
+        # The engine reads the initial checkpoint; what it learns later comes through update_weights alone.
         mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))["tp"]
-        server_args = {
-            "dtype": "float32",
-            "random_seed": args.seed,
-            **(GPU_ARGS if device.type == "cuda" else CPU_ARGS),
-        }
+        server_args = {"random_seed": args.seed, **(GPU_ARGS if device.type == "cuda" else CPU_ARGS)}
         engine = stack.enter_context(SpmdEngine(checkpoint[0], device_mesh_cpu=mesh, **server_args))
 
         generator = torch.Generator().manual_seed(args.seed)

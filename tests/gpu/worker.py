@@ -26,6 +26,7 @@ SERVER_ARGS = {
     "grammar_backend": "none",
     "disable_cuda_graph": True,
     "disable_prefill_cuda_graph": True,
+    "enforce_disable_flashinfer_allreduce_fusion": True,  # its kernels take minutes to compile at the first start
     "max_total_tokens": 8192,
     "mem_fraction_static": 0.5,
     "random_seed": 7,
