@@ -139,12 +139,11 @@ class Channel:
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         with self._send_lock:
             try:
+                frame = b"M" + _HEADER.pack(len(data)) + data
                 if fds:
-                    socket.send_fds(self.sock, [b"F"], list(fds))
-                else:
-                    self.sock.sendall(b"M")
-                self.sock.sendall(_HEADER.pack(len(data)))
-                self.sock.sendall(data)
+                    sent = socket.send_fds(self.sock, [frame[:1]], list(fds))
+                    frame = frame[sent:]
+                self.sock.sendall(frame)
             except (BrokenPipeError, ConnectionResetError, OSError) as error:
                 raise ChannelClosed(str(error)) from error
 

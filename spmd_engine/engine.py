@@ -199,7 +199,7 @@ class SpmdEngine:
         self._updates.committed(made)
         stats: UpdateStats = value
         self._version = stats.weight_version
-        return replace(stats, total_s=time.monotonic() - started)
+        return replace(stats, describe_s=made.describe_s, total_s=time.monotonic() - started)
 
     def weight_checksums(self) -> dict[str, str]:
         """Digests of the bytes of all parameters and buffers of this rank's SGLang model, by SGLang's names.

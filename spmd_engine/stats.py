@@ -18,7 +18,8 @@ class UpdateStats:
         fallback_weights: names that went through the model's own loader because its loading is not a plain copy.
         wrong_elements: elements that differ from the source after the copy; None unless `verify=True`.
         record_s, plan_s: seconds to record SGLang's `load_weights` and to build the plan; 0 when reused.
-        wait_s: seconds until the shards of all ranks were final.
+        describe_s: seconds on the trainer rank to describe the source and to wait for the work queued on its stream.
+        wait_s: seconds until all ranks had announced the same update, with their shards final.
         bind_s: seconds to open memory that has moved and to put its addresses into the table; about 0 otherwise.
         copy_s: seconds of the copy, fallback included.
         device_s: seconds of that which the copy itself ran, by the device's clock on a GPU.
@@ -37,6 +38,7 @@ class UpdateStats:
     plan_s: float
     wait_s: float
     copy_s: float
+    describe_s: float = 0.0
     bind_s: float = 0.0
     device_s: float = 0.0
     commit_s: float = 0.0

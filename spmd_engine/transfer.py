@@ -1,7 +1,7 @@
 """Runs a TransferPlan: the same few calls for shards on the CPU and on GPUs.
 
 A transfer is made once for each plan (`prepare`), gets addresses whenever shards have moved (`bind`), and then copies
-as often as wanted (`copy`). The device of the engine's parameters decides which kind it is.
+as often as wanted (`start`, `finish`). The device of the engine's parameters decides which kind it is.
 """
 
 from __future__ import annotations
@@ -36,15 +36,22 @@ class Transfer(Protocol):
             TransferError: a rank's memory cannot be reached. Nothing was written.
         """
 
-    def copy(self) -> float:
-        """Move everything, and wait for it. Returns the seconds that the copy itself took, on the device.
+    def start(self) -> None:
+        """Begin to move everything: on a GPU it goes on by itself, on the CPU `finish` does it.
+
+        Raises:
+            TransferError: the parameters are undefined.
+        """
+
+    def finish(self) -> float:
+        """Wait until everything has moved. Returns the seconds that the copy itself took, on the device.
 
         Raises:
             TransferError: the parameters are undefined.
         """
 
     def compare(self) -> int:
-        """How many elements differ from what `copy` would write."""
+        """How many elements differ from what a copy would write."""
 
     def wait(self) -> None:
         """Wait for work that others queued on the parameters' device in this process."""
@@ -111,7 +118,10 @@ class CpuTransfer:
         # All ranks of the update copy at the same time, on the same cores.
         self._threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // len(memories)))
 
-    def copy(self) -> float:
+    def start(self) -> None:
+        pass
+
+    def finish(self) -> float:
         assert self._table is not None
         began = time.monotonic()
         try:
@@ -178,13 +188,19 @@ class CudaTransfer:
         except _NATIVE_ERRORS as error:
             raise TransferError(f"rank {self._rank}: its copy table was refused: {error}") from error
 
-    def copy(self) -> float:
+    def start(self) -> None:
         assert self._table is not None
         try:
             torch.cuda.synchronize(self._device)  # SGLang's own streams may still read the old weights
             self._table.launch(stream=torch.cuda.current_stream(self._device).cuda_stream)
-            return self._table.elapsed_ms() / 1e3
         except (*_NATIVE_ERRORS, torch.AcceleratorError) as error:
+            raise self._failure(error) from error
+
+    def finish(self) -> float:
+        assert self._table is not None
+        try:
+            return self._table.elapsed_ms() / 1e3
+        except _NATIVE_ERRORS as error:
             raise self._failure(error) from error
 
     def compare(self) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class UpdateRequest:
         summary: for messages.
         memory: where the shards are.
         source: keeps the shards alive.
+        describe_s: seconds that making this took.
     """
 
     payload: dict[str, Any]
@@ -36,6 +38,7 @@ class UpdateRequest:
     summary: str
     memory: ShardMemory = field(repr=False)
     source: Source = field(repr=False)
+    describe_s: float
 
 
 class WeightUpdates:
@@ -47,7 +50,7 @@ class WeightUpdates:
         self._linked = {replica}
         self._known: set[str] = set()  # layouts that the scheduler process has
         self._reader, self._exporter = SourceReader(rank), Exporter()
-        self._key: tuple[Source, str] | None = None
+        self._key: tuple[SourceLayout, frozenset[str], str] | None = None
         self._last: tuple[str, ShardMemory] | None = None
         self._ptrace_allowed = False
         self.last_ranks = replica
@@ -65,6 +68,7 @@ class WeightUpdates:
             PlanError: see `sources.SourceReader.read`; or the shards' memory cannot be shared between processes.
             CollectiveTimeoutError: a rank that holds shards did not come to the first update.
         """
+        began = time.monotonic()
         described, memory, refusal = None, None, None
         try:
             described = self._reader.read(source)
@@ -86,8 +90,7 @@ class WeightUpdates:
         payload = {
             "ranks": self.last_ranks,
             "key": key,
-            "layout": None if key in self._known else described.layout,
-            "optional": described.optional,
+            "layout": None if key in self._known else (described.layout, described.optional),
             "memory": memory if moved else None,
             "verify": verify,
         }
@@ -96,7 +99,8 @@ class WeightUpdates:
         if described.device is not None:
             # The shards are final once what this thread has queued is done. Other streams may go on.
             torch.cuda.current_stream(described.device).synchronize()
-        return UpdateRequest(payload, [self.last_ranks, key, verify], summary, memory, described)
+        agreed = [self.last_ranks, key, verify]
+        return UpdateRequest(payload, agreed, summary, memory, described, time.monotonic() - began)
 
     def committed(self, request: UpdateRequest) -> None:
         """Remember what the scheduler process now knows."""
@@ -124,9 +128,11 @@ class WeightUpdates:
 
     def _key_of(self, described: Source) -> str:
         """Equal on two ranks if and only if they describe the same layout."""
-        if self._key is None or self._key[0].layout is not described.layout:
-            self._key = (replace(described, shards=()), digest([_plain(described.layout), sorted(described.optional)]))
-        return self._key[1]
+        last = self._key
+        if last is None or last[0] is not described.layout or last[1] != described.optional:
+            key = digest([_plain(described.layout), sorted(described.optional)])
+            self._key = last = (described.layout, described.optional, key)
+        return last[2]
 
     def _export(self, described: Source) -> ShardMemory:
         """Let the scheduler processes read the shards.

@@ -12,7 +12,7 @@ import time
 from array import array
 from typing import Any, NoReturn
 
-from spmd_engine.channel import Call, Channel, ChannelClosed, LinkAddress, Reply, Shutdown, Start
+from spmd_engine.channel import Call, Channel, ChannelClosed, ChannelTimeout, LinkAddress, Reply, Shutdown, Start
 from spmd_engine.digest import digest
 from spmd_engine.errors import ErrorReport, SpmdEngineError
 from spmd_engine.links import Frame, Links, LinkTimeout, PeerGone
@@ -22,6 +22,8 @@ from spmd_engine.scheduler.watchdog import Watchdog
 from spmd_engine.scheduler.weights import WeightsKeeper
 
 _DEPARTURE_GRACE_S = 1.0
+# Without a call for this long, there is time for what the next one would otherwise wait for.
+_IDLE_S = 0.005
 
 
 class Feed:
@@ -65,7 +67,10 @@ class Feed:
     def _next_call(self) -> Call:
         while True:
             try:
-                message, fds = self._channel.recv()
+                message, fds = self._channel.recv(timeout_s=None if self._weights.is_inspected else _IDLE_S)
+            except ChannelTimeout:
+                self._weights.inspect()  # now, so that the next update need not
+                continue
             except ChannelClosed:
                 self._watchdog.die(
                     ErrorReport("SchedulerDiedError", "the trainer closed its channel", self._start.rank)
@@ -79,6 +84,7 @@ class Feed:
 
     def _perform(self, call: Call) -> Any:
         """Agree on `call` with the other ranks and do it; a batch for SGLang if it is a rollout."""
+        began = time.monotonic()
         wide = tuple(call.payload["ranks"]) if call.kind in ("update_weights", "refused") and call.payload else ()
         agreement = {
             "seq": call.seq,
@@ -88,13 +94,15 @@ class Feed:
             "overlapped": call.overlapped,
             "wide": wide,
         }
-        frames = self._exchange(self._replica, agreement, b"", call)
+        news, places = self._weights.announce(call.payload) if call.kind == "update_weights" else ({}, b"")
+        frames = self._exchange(self._replica, {**agreement, **news}, places, call)
         error = verdict(self._replica, frames)
         wide = max((tuple(header["wide"]) for header, _ in frames), key=len)  # a refusing rank may not know its peers
         if wide and wide != self._replica and wide in self._links:
             # The other replicas are on their way into the same update: they must hear of an error here.
-            note = {**agreement, "error": None if error is None else [error.kind, error.message]}
-            error = verdict(wide, self._exchange(wide, note, b"", call)) or error
+            note = {**agreement, **news, "error": None if error is None else [error.kind, error.message]}
+            frames = self._exchange(wide, note, places, call)
+            error = verdict(wide, frames) or error
         if error is not None:
             raise error.to_exception()
         if call.kind == "refused":
@@ -102,15 +110,20 @@ class Feed:
             return None
         if call.kind == "generate":
             return self._generate(call)
+        if call.kind == "update_weights":
+            wait_s = time.monotonic() - began
+
+            def exchange(header: dict[str, Any], blob: bytes) -> list[Frame]:
+                return self._exchange(wide, header, blob, call)
+
+            self._reply(call, value=self._weights.update(call.payload, frames, exchange, wait_s=wait_s))
+            return None
         if call.kind == "flush_cache":
             adapter.flush_cache(self._scheduler)
             self._reply(call)
             return None
         if call.kind == "weight_checksums":
             self._reply(call, value=adapter.checksums(self._scheduler))
-            return None
-        if call.kind == "update_weights":
-            self._reply(call, value=self._weights.update(call.payload, lambda h, b: self._exchange(wide, h, b, call)))
             return None
         raise SpmdEngineError(f"unknown call {call.kind!r}")
 
@@ -119,6 +132,7 @@ class Feed:
         self._weights.check_consistent()
         rids = [f"{call.seq}-{i}" for i in range(len(requests))]
         made = [adapter.make_request(r, rid, self._scheduler) for r, rid in zip(requests, rids, strict=True)]
+        self._weights.is_inspected = False
         self.outputs.expect(rids, [request.return_logprob for request in requests], self._weights.version)
         return adapter.make_batch(made)
 

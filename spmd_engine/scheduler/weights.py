@@ -19,6 +19,7 @@ from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.layout import SourceLayout, Weight, contiguous_strides
 from spmd_engine.links import Frame
 from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan
+from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.recorder import DTYPE_NAMES, DTYPES, Recorder, Recording
@@ -42,15 +43,21 @@ class _Prepared:
     record_s: float
     plan_s: float
     transfer: transfer.Transfer
-    parameters: tuple[int, ...]  # addresses; a loader that replaces a parameter makes the plan void
+    target: Probe  # a loader that replaces a parameter makes the plan void
     is_bound: bool = False  # to the present addresses of the shards
 
 
 class WeightsKeeper:
-    """Owns the weights of one scheduler process: their version, the plans, and whether they are consistent."""
+    """Owns the weights of one scheduler process: their version, the plans, and whether they are consistent.
+
+    Attributes:
+        version: number of the last update that was committed.
+        is_inspected: whether all plans are known to fit the parameters that SGLang has now.
+    """
 
     def __init__(self, scheduler: Any, start: Start) -> None:
         self.version = 0
+        self.is_inspected = False
         self._scheduler, self._rank = scheduler, start.rank
         self._layouts: dict[str, tuple[SourceLayout, frozenset[str]]] = {}
         self._prepared: dict[str, _Prepared] = {}
@@ -65,37 +72,61 @@ class WeightsKeeper:
         if self._broken is not None:
             raise WeightsInconsistentError(self._broken)
 
-    def update(self, payload: dict[str, Any], exchange: Exchange) -> UpdateStats:
-        """One collective weight update.
+    def inspect(self) -> None:
+        """Drop plans whose parameters SGLang has replaced. It cannot do so from here to the next call."""
+        if self.is_inspected:
+            return
+        model = adapter.model_of(self._scheduler)
+        for key in [key for key, prepared in self._prepared.items() if not prepared.target.holds(model)]:
+            self._prepared.pop(key).transfer.close()
+        self.is_inspected = True
+
+    def announce(self, payload: dict[str, Any]) -> Frame:
+        """What the other ranks must know before this update: what this one has prepared, and where its shards are.
 
         Args:
             payload: from `spmd_engine.updates`.
+        """
+        key = payload["key"]
+        if payload["layout"] is not None:
+            self._layouts[key] = payload["layout"]
+        memory: ShardMemory | None = payload["memory"]
+        described, places = (None, b"") if memory is None else memory.to_frame()
+        self.inspect()
+        prepared = self._prepared.get(key)
+        is_bound = prepared is not None and prepared.is_bound
+        return {"is_new": prepared is None, "is_bound": is_bound, "memory": described}, places
+
+    def update(self, payload: dict[str, Any], frames: list[Frame], exchange: Exchange, *, wait_s: float) -> UpdateStats:
+        """One collective weight update. All shards are final.
+
+        Args:
+            payload: from `spmd_engine.updates`.
+            frames: what all ranks have announced.
             exchange: all-gather over the scheduler processes of `payload["ranks"]`; also a barrier.
+            wait_s: seconds that the announcements took.
 
         Raises:
             PlanError: nothing was written.
             TransferError: shards cannot be reached, and nothing was written; or the copy failed on some rank, and
                 `generate` refuses until an update succeeds.
         """
-        began = time.monotonic()
         ranks, key = tuple(payload["ranks"]), payload["key"]
-        if payload["layout"] is not None:
-            self._layouts[key] = (payload["layout"], payload["optional"])
-        is_new = key not in self._prepared or self._prepared[key].parameters != self._parameter_addresses()
-        states = self._share_addresses(payload, is_new, exchange)
-        waited = time.monotonic()
+        self._take_places(ranks, frames)
         # What any rank needs, all do: each step ends in an exchange that all must reach.
-        if any(state["is_new"] for state in states):
+        is_new = any(state["is_new"] for state, _ in frames)
+        if is_new:
             self._prepare_together(key, ranks, exchange)
         prepared = self._prepared[key]
         binding = time.monotonic()
-        if any(state["is_new"] or state["memory"] is not None or not state["is_bound"] for state in states):
+        if is_new or any(state["memory"] is not None or not state["is_bound"] for state, _ in frames):
             self._bind_together(prepared, ranks, exchange)
 
         copying = time.monotonic()
         done: list[tuple[float, int | None]] = []
         error = self._attempt(lambda: done.append(self._copy(prepared, verify=payload["verify"])))
         copied = time.monotonic()
+        self.is_inspected = False
         self._finish(exchange({"error": error}, b""), ranks)
         device_s, wrong = done[0]
         return UpdateStats(
@@ -108,7 +139,7 @@ class WeightsKeeper:
             wrong_elements=wrong,
             record_s=prepared.record_s if is_new else 0.0,
             plan_s=prepared.plan_s if is_new else 0.0,
-            wait_s=waited - began,
+            wait_s=wait_s,
             bind_s=copying - binding,
             copy_s=copied - copying,
             device_s=device_s,
@@ -117,22 +148,13 @@ class WeightsKeeper:
 
     # ---- before the copy ----
 
-    def _share_addresses(self, payload: dict[str, Any], is_new: bool, exchange: Exchange) -> list[dict[str, Any]]:
-        """Tell all ranks where this rank's shards are, if they moved, and what it has prepared.
-
-        All shards are final when this returns. Returns every rank's state.
-        """
-        memory: ShardMemory | None = payload["memory"]
-        described, blob = (None, b"") if memory is None else memory.to_frame()
-        is_bound = not is_new and self._prepared[payload["key"]].is_bound
-        state = {"rank": self._rank, "is_new": is_new, "is_bound": is_bound, "memory": described}
-        frames = exchange(state, blob)
-        for sent, places in frames:
-            if sent["memory"] is not None:
-                self._memories[sent["rank"]] = ShardMemory.from_frame(sent["memory"], places)
+    def _take_places(self, ranks: tuple[int, ...], frames: list[Frame]) -> None:
+        """Remember where the shards of all ranks are now."""
+        for rank, (state, places) in zip(ranks, frames, strict=True):
+            if state["memory"] is not None:
+                self._memories[rank] = ShardMemory.from_frame(state["memory"], places)
                 for prepared in self._prepared.values():
                     prepared.is_bound = False
-        return [sent for sent, _ in frames]
 
     def _bind_together(self, prepared: _Prepared, ranks: tuple[int, ...], exchange: Exchange) -> None:
         """Open what has moved, on all ranks, before any of them writes."""
@@ -182,18 +204,17 @@ class WeightsKeeper:
             used=used,
             record_s=recorded - began,
             plan_s=time.monotonic() - recorded,
-            parameters=self._parameter_addresses(),
+            target=Probe(model, model.parameters()),
             transfer=transfer.prepare(plan, rank=self._rank, device=self._device, handles=self._handles),
         )
-
-    def _parameter_addresses(self) -> tuple[int, ...]:
-        return tuple(parameter.data_ptr() for parameter in adapter.model_of(self._scheduler).parameters())
 
     # ---- the copy and after ----
 
     def _copy(self, prepared: _Prepared, *, verify: bool) -> tuple[float, int | None]:
         """Run the plan and the fallback; seconds of the copy itself, and wrong elements if `verify`."""
-        device_s = prepared.transfer.copy()
+        prepared.transfer.start()
+        adapter.flush_cache(self._scheduler)  # while a GPU copies; it names tokens by the old weights
+        device_s = prepared.transfer.finish()
         # Before the fallback, whose loaders may work in place.
         wrong = prepared.transfer.compare() if verify else None
         model = adapter.model_of(self._scheduler)
@@ -229,7 +250,6 @@ class WeightsKeeper:
             raise
         self._broken = None
         self.version = tried
-        adapter.flush_cache(self._scheduler)
 
 
 def _record(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion) -> tuple[Recording, frozenset[str]]:

@@ -8,7 +8,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor import Shard as TorchShard
@@ -19,13 +18,7 @@ from spmd_engine.layout import Mesh, Shard
 from spmd_engine.rendezvous import Rendezvous, bounded, node_identity
 from spmd_engine.sources import SourceReader, ranks_of
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory):
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 class Model(torch.nn.Module):
@@ -60,8 +53,12 @@ def test_dtensors_are_described_by_their_placements():
 def test_the_same_source_is_recognised_and_a_moved_one_is_not():
     reader, model = SourceReader(0), Model()
     first = reader.read(model)
-    assert reader.read(model).layout is first.layout
+    second = reader.read(model)
+    assert second.layout is first.layout and second.addresses is first.addresses
     model.scale = model.scale.clone()
+    moved = reader.read(model)
+    assert moved.layout is first.layout and not np.array_equal(moved.addresses, first.addresses)
+    model.scale = torch.zeros(5)
     assert reader.read(model).layout is not first.layout
 
 

@@ -1,0 +1,146 @@
+"""What `Probe` must notice, on real modules, dicts and DTensors."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from spmd_engine.probe import Probe
+
+
+@pytest.fixture
+def model(process_group):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4)))
+    mesh = init_device_mesh("cpu", (1,))
+    module[0].weight = nn.Parameter(distribute_tensor(module[0].weight.detach(), mesh, [Shard(0)]))
+    return module
+
+
+def probe_of(source):
+    tensors = source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
+    return Probe(source, tensors.values())
+
+
+def test_values_may_change(model):
+    probe = probe_of(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert probe.holds(model) and probe.holds(model)
+
+
+def in_place(model):
+    model[1][0].weight.data = model[1][0].weight.data.t()
+
+
+def new_data(model):
+    model[0].bias.data = torch.zeros(4)
+
+
+def new_parameter(model):
+    model[0].bias = nn.Parameter(model[0].bias.data)
+
+
+def more_parameters(model):
+    model[1].register_parameter("more", nn.Parameter(torch.zeros(1)))
+
+
+def fewer_parameters(model):
+    del model[0].bias
+
+
+def new_buffer(model):
+    model[1][1].running_mean = torch.zeros(4)
+
+
+def new_module(model):
+    model[1] = nn.Sequential(*model[1])
+
+
+def renamed_module(model):
+    model[1]._modules = dict(zip("ab", model[1]._modules.values(), strict=True))
+
+
+def moved_parameter(model):
+    model[1][0].register_parameter("bias", model[0]._parameters.pop("bias"))
+
+
+def new_shard(model):
+    model[0].weight._local_tensor = model[0].weight._local_tensor.clone()
+
+
+def moved_shard(model):
+    model[0].weight._local_tensor.data = torch.zeros(4, 4)
+
+
+def dtype(model):
+    model.to(torch.float16)
+
+
+def none_for_a_parameter(model):
+    model[0].bias = None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_place,
+        new_data,
+        new_parameter,
+        more_parameters,
+        fewer_parameters,
+        new_buffer,
+        new_module,
+        renamed_module,
+        moved_parameter,
+        new_shard,
+        moved_shard,
+        dtype,
+        none_for_a_parameter,
+    ],
+)
+def test_a_changed_module_is_noticed(model, change):
+    probe = probe_of(model)
+    assert probe.holds(model)
+    change(model)
+    assert not probe.holds(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda source: source.update(a=torch.zeros(2)),
+        lambda source: source.update(c=torch.zeros(2)),
+        lambda source: source.pop("a"),
+        lambda source: source.update(c=source.pop("b")),
+        lambda source: source.update(a=source["b"], b=source["a"]),
+    ],
+)
+def test_a_changed_mapping_is_noticed(change):
+    source = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    probe = probe_of(source)
+    assert probe.holds(source) and probe.holds(dict(source))
+    change(source)
+    assert not probe.holds(source)
+
+
+def test_another_source_and_tensors_that_no_module_registers_are_never_recognised(model):
+    probe = probe_of(model)
+    assert not probe.holds(dict(model.state_dict())) and not probe.holds(nn.Sequential(*model)) and not probe.holds(7)
+    assert not Probe(model, [torch.zeros(2)]).holds(model)
+
+
+def test_nothing_is_kept_alive():
+    model = nn.Linear(2, 2)
+    watched = [weakref.ref(model), weakref.ref(model.weight)]
+    probe = probe_of(model)
+    assert probe.holds(model)
+    other = nn.Linear(2, 2)
+    del model
+    gc.collect()
+    assert [reference() for reference in watched] == [None, None]
+    assert not probe.holds(other)
