@@ -107,5 +107,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Copies blocks of memory between processes and devices. Use spmd_engine._native.";
   spmd::register_errors(m);
   spmd::register_cpu(m);
+  spmd::register_snapshot(m);
   spmd::register_cuda(m);
 }

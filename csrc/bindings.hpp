@@ -17,6 +17,7 @@ pybind11::dict to_python(const CompareResult& result);
 
 void register_errors(pybind11::module_& m);
 void register_cpu(pybind11::module_& m);
+void register_snapshot(pybind11::module_& m);
 // Defined by cuda_bindings.cpp or cuda_absent.cpp; CMake chooses.
 void register_cuda(pybind11::module_& m);
 

@@ -50,6 +50,7 @@ __all__ = [
     "export_allocation",
     "has_cuda",
     "open_handle",
+    "snapshot",
 ]
 
 NativeError: type[RuntimeError] = _C.NativeError
@@ -157,6 +158,16 @@ def allow_ptrace_by_any() -> bool:
         False where the kernel has no Yama, and so nothing needs allowing.
     """
     return bool(_C.allow_ptrace_by_any())
+
+
+def snapshot(modules: list[Any], mapping: dict[str, Any], sharded_type: type) -> bytes:
+    """Everything that modules and a mapping register, and where its tensors are; equal if nothing has changed.
+
+    For each module and the mapping: how many entries, each with the hash of its name and its identity; for a tensor
+    the address, size, strides and dtype of its data, and for one of `sharded_type` (torch's DTensor) also the
+    identities of its sharding and of its local part. Values do not matter.
+    """
+    return bytes(_C.snapshot(modules, mapping, sharded_type))
 
 
 def has_cuda() -> bool:

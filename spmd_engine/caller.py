@@ -48,8 +48,19 @@ class Caller:
         as_payload: Callable[[Any], Any] = lambda made: made,
         as_digest: Callable[[Any], Any] | None = None,
         refusal_payload: Callable[[], Any] = lambda: None,
+        notice: object = None,
+        spin_s: float = 0.0,
     ) -> tuple[Any, Any]:
-        """Make one collective call: `prepare` builds its arguments. Returns what it built, and the reply's value."""
+        """Make one collective call. Returns what `prepare` built, and the reply's value.
+
+        Args:
+            kind: of the call.
+            prepare: builds the arguments, and a line for messages.
+            as_payload, as_digest: what of them is sent, and what all ranks must have in common; by default all.
+            refusal_payload: what is sent if `prepare` raises.
+            notice: a message for the scheduler process, sent before `prepare` begins.
+            spin_s: seconds to wait for the reply without going to sleep.
+        """
         self._check_alive()
         overlapped = not self._lock.acquire(blocking=False)
         if overlapped and not self._lock.acquire(timeout=self.timeout_s):
@@ -59,6 +70,8 @@ class Caller:
             self.seq += 1
             refusal: Exception | None = None
             made, payload = None, None
+            if notice is not None:
+                self._process.send(notice)
             try:
                 made, summary = prepare()
                 payload = as_payload(made)
@@ -79,7 +92,7 @@ class Caller:
                 overlapped=overlapped,
                 timeout_s=self.timeout_s,
             )
-            reply = self._exchange(call, kind)
+            reply = self._exchange(call, kind, spin_s)
             if reply.error is not None:
                 raise reply.error.to_exception()
             if refusal is not None:
@@ -88,13 +101,14 @@ class Caller:
         finally:
             self._lock.release()
 
-    def _exchange(self, call: Call, kind: str) -> Reply:
+    def _exchange(self, call: Call, kind: str, spin_s: float) -> Reply:
         try:
             self._process.send(call)
             reply: Reply = self.receive(
                 lambda message: isinstance(message, Reply) and message.seq == call.seq,
                 self.timeout_s + _REPLY_MARGIN_S,
                 kind,
+                spin_s=spin_s,
             )
         except SpmdEngineError:
             raise
@@ -107,12 +121,13 @@ class Caller:
             raise
         return reply
 
-    def receive(self, wanted: Callable[[Any], bool], timeout_s: float, phase: str) -> Any:
+    def receive(self, wanted: Callable[[Any], bool], timeout_s: float, phase: str, *, spin_s: float = 0.0) -> Any:
         """The next wanted message."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                message = self._process.recv(timeout_s=max(0.0, deadline - time.monotonic()))
+                left_s = max(0.0, deadline - time.monotonic())
+                message = self._process.recv(timeout_s=left_s, spin_s=spin_s)
             except ProcessDied:
                 self._fail(self._own_death(phase))
             except ChannelTimeout:

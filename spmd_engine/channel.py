@@ -97,6 +97,11 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Coming:
+    """A weight update is being described: what can be done before the `Call` comes had better be done now."""
+
+
+@dataclass(frozen=True)
 class Reply:
     """Answer to the `Call` with the same `seq`; exactly one of `error` and `value` counts."""
 
@@ -115,6 +120,19 @@ class Failed:
 @dataclass(frozen=True)
 class Shutdown:
     """End the scheduler process. Needs no agreement of the other ranks."""
+
+
+def spin(sock: socket.socket, seconds: float) -> None:
+    """Wait for `sock` to become readable without going to sleep, for at most some (milli)seconds.
+
+    To wake a sleeping process takes 0.15 ms on a virtual machine, and one weight update has six such waits in a row.
+    """
+    if seconds > 0:
+        poller = select.poll()
+        poller.register(sock, select.POLLIN)
+        end = time.monotonic() + seconds
+        while not poller.poll(0) and time.monotonic() < end:
+            pass
 
 
 @dataclass
@@ -147,18 +165,22 @@ class Channel:
             except (BrokenPipeError, ConnectionResetError, OSError) as error:
                 raise ChannelClosed(str(error)) from error
 
-    def recv(self, timeout_s: float | None = None, watch_pidfd: int = -1) -> tuple[Any, tuple[int, ...]]:
+    def recv(
+        self, timeout_s: float | None = None, watch_pidfd: int = -1, spin_s: float = 0.0
+    ) -> tuple[Any, tuple[int, ...]]:
         """Receive one message and the file descriptors that came with it.
 
         Args:
             timeout_s: seconds to wait for the message to begin, None for ever.
             watch_pidfd: a pidfd of the process at the other end: its death ends the wait even if a forked copy of
                 it keeps the socket open.
+            spin_s: seconds to look again and again before going to sleep; see `spin`.
 
         Raises:
             ChannelTimeout: nothing arrived in time.
             ChannelClosed: the other end is gone.
         """
+        spin(self.sock, spin_s)
         self._wait(timeout_s, watch_pidfd)
         try:
             tag, fds, _, _ = socket.recv_fds(self.sock, 1, 4)

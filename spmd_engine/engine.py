@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spmd_engine import requests as req
 from spmd_engine.caller import Caller
-from spmd_engine.channel import Ready
+from spmd_engine.channel import Coming, Ready
 from spmd_engine.startup import Startup, mesh_ranks
 from spmd_engine.stats import UpdateStats
 from spmd_engine.updates import WeightUpdates
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger(__name__)
+
+# An update on GPUs takes milliseconds; waking up at its end would add to them.
+_SPIN_S = 0.05
 
 
 class SpmdEngine:
@@ -61,6 +64,7 @@ class SpmdEngine:
         self._version = 0
         startup = Startup(os.fspath(model_path), server_args, ranks=self._ranks, rank=rank, timeout_s=timeout_s)
         self._process = startup.start(log_dir)
+        self._spin_s = 0.0 if startup.on_cpu else _SPIN_S
         self._tokenizer = startup.tokenizer
         self._caller = Caller(rank, self._process, startup.rendezvous, timeout_s)
         self._updates = WeightUpdates(rank, self._ranks, self._process, timeout_s)
@@ -195,6 +199,8 @@ class SpmdEngine:
             as_payload=lambda m: m.payload,
             as_digest=lambda m: m.agreed,
             refusal_payload=lambda: {"ranks": self._updates.last_ranks},
+            notice=Coming(),
+            spin_s=self._spin_s,
         )
         self._updates.committed(made)
         stats: UpdateStats = value

@@ -14,7 +14,7 @@ import struct
 import time
 from typing import Any
 
-from spmd_engine.channel import LinkAddress
+from spmd_engine.channel import LinkAddress, spin
 
 _HEADER = struct.Struct("<II")
 _MAX_HEADER = 1 << 28
@@ -136,8 +136,14 @@ class Links:
                 raise PeerGone(self.hub) from None
             store[self.hub] = sock
 
-    def exchange(self, header: dict[str, Any], blob: bytes = b"", *, timeout_s: float) -> list[Frame]:
+    def exchange(
+        self, header: dict[str, Any], blob: bytes = b"", *, timeout_s: float, spin_s: float = 0.0
+    ) -> list[Frame]:
         """All-gather: every member's frame, in the order of `ranks`. Also a barrier.
+
+        Args:
+            timeout_s: how long to wait for the others.
+            spin_s: how much of that without going to sleep.
 
         Raises:
             LinkTimeout: a member did not come within `timeout_s` seconds.
@@ -148,14 +154,14 @@ class Links:
         deadline = time.monotonic() + timeout_s
         if self.rank != self.hub:
             self._send(self.hub, header, blob)
-            merged, payload = self._recv(self.hub, deadline, timeout_s)
+            merged, payload = self._recv(self.hub, deadline, timeout_s, spin_s)
             frames, at = [], 0
             for member, size in zip(merged["headers"], merged["sizes"], strict=True):
                 frames.append((member, payload[at : at + size]))
                 at += size
             return frames
         frames = [(header, blob)]
-        frames += [self._recv(member, deadline, timeout_s) for member in self.ranks[1:]]
+        frames += [self._recv(member, deadline, timeout_s, spin_s) for member in self.ranks[1:]]
         merged = {"headers": [h for h, _ in frames], "sizes": [len(b) for _, b in frames]}
         payload = b"".join(b for _, b in frames)
         for member in self.ranks[1:]:
@@ -169,8 +175,9 @@ class Links:
         except OSError:
             raise PeerGone(member) from None
 
-    def _recv(self, member: int, deadline: float, timeout_s: float) -> Frame:
+    def _recv(self, member: int, deadline: float, timeout_s: float, spin_s: float) -> Frame:
         sock = self.data[member]
+        spin(sock, spin_s)
         # Poll first: a timeout in the middle of a frame would lose the stream.
         poller = select.poll()
         poller.register(sock, select.POLLIN)

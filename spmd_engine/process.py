@@ -133,15 +133,15 @@ class SchedulerProcess:
         with contextlib.suppress(ChannelClosed):
             self.channel.send(message, fds)
 
-    def recv(self, *, timeout_s: float) -> Any:
-        """The next message.
+    def recv(self, *, timeout_s: float, spin_s: float = 0.0) -> Any:
+        """The next message. Arguments as for `Channel.recv`.
 
         Raises:
             ChannelTimeout: nothing in `timeout_s` seconds.
             ProcessDied: the process ended.
         """
         try:
-            return self.channel.recv(timeout_s, self._pidfd)[0]
+            return self.channel.recv(timeout_s, self._pidfd, spin_s)[0]
         except ChannelClosed:
             raise ProcessDied from None
 

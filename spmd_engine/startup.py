@@ -95,7 +95,7 @@ class Startup:
         log: IO[bytes] | None = None
         try:
             self._check()
-            note["gpu"] = None if self._on_cpu() else own_gpu(os.environ)
+            note["gpu"] = None if self.on_cpu else own_gpu(os.environ)
             log = open_log(log_dir, self._rank)
         except Exception as error:  # the other ranks wait: they must hear of it
             refusal = error if isinstance(error, ConfigError) else ConfigError(f"{type(error).__name__}: {error}")
@@ -134,13 +134,15 @@ class Startup:
         if not args["skip_tokenizer_init"]:
             self.tokenizer = load_tokenizer(path, args)
 
-    def _on_cpu(self) -> bool:
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the engine computes on the CPU."""
         return bool(self._server_args.get("device", "cuda" if torch.cuda.device_count() else "cpu") == "cpu")
 
     def _spawn(self, meeting: Meeting, gpus: str, log: IO[bytes]) -> SchedulerProcess:
         tp_rank, tp_size = self._ranks.index(self._rank), len(self._ranks)
         loopback = meeting.link.host in ("127.0.0.1", "::1")
-        on_cpu = self._on_cpu()
+        on_cpu = self.on_cpu
         scratch = shared_scratch(meeting.link.token)
         start = Start(
             protocol=PROTOCOL,
