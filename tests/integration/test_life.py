@@ -11,16 +11,17 @@ import pytest
 from integration.jobs import run_job
 
 
-def leftovers(directory) -> list[str]:
-    """What a job has left in its temporary directory."""
-    return sorted(os.listdir(directory / "tmp"))
-
-
-def test_the_trainer_process_stays_as_it_was(tmp_path, checkpoint):
+@pytest.fixture
+def leaves_nothing(tmp_path):
+    """After the test there is nothing new in /dev/shm, and nothing in the temporary directory of its job."""
     shared = set(os.listdir("/dev/shm"))
+    yield
+    assert set(os.listdir("/dev/shm")) - shared == set()
+    assert os.listdir(tmp_path / "tmp") == []
+
+
+def test_the_trainer_process_stays_as_it_was(tmp_path, checkpoint, leaves_nothing):
     run_job("life.purity", 2, tmp_path, path=checkpoint("qwen2", 1))
-    assert leftovers(tmp_path) == []
-    assert {name for name in set(os.listdir("/dev/shm")) - shared if "sglang" in name or "spmd" in name} == set()
 
 
 def test_an_idle_scheduler_process_uses_no_cpu(tmp_path, checkpoint):
@@ -38,9 +39,8 @@ def test_heads_that_tp_does_not_divide(tmp_path, checkpoint):
 
 
 @pytest.mark.parametrize("during", ["generate", "update_weights"])
-def test_kill_of_a_scheduler_process(tmp_path, checkpoint, during):
+def test_kill_of_a_scheduler_process(tmp_path, checkpoint, leaves_nothing, during):
     run_job("life.kill_scheduler", 2, tmp_path, path=checkpoint("qwen2", 1), during=during)
-    assert leftovers(tmp_path) == []
 
 
 def gone_within(pid: int, seconds: float) -> bool:
@@ -52,17 +52,15 @@ def gone_within(pid: int, seconds: float) -> bool:
     return False
 
 
-def test_kill_of_a_trainer_rank_takes_its_scheduler_process_along(tmp_path, checkpoint):
+def test_kill_of_a_trainer_rank_takes_its_scheduler_process_along(tmp_path, checkpoint, leaves_nothing):
     run_job("life.kill_trainer", 2, tmp_path, path=checkpoint("qwen2", 1), expect_status=(0, -9))
     for rank in (0, 1):
         assert gone_within(int((tmp_path / f"scheduler{rank}.pid").read_text()), 5.0)
-    assert leftovers(tmp_path) == []
 
 
-def test_exit_without_shutdown_leaves_nothing(tmp_path, checkpoint):
+def test_exit_without_shutdown(tmp_path, checkpoint, leaves_nothing):
     run_job("life.exit_without_shutdown", 1, tmp_path, path=checkpoint("qwen2", 1))
     assert gone_within(int((tmp_path / "scheduler0.pid").read_text()), 5.0)
-    assert leftovers(tmp_path) == []
 
 
 def test_a_rank_that_never_comes(tmp_path, checkpoint):
