@@ -1,0 +1,101 @@
+"""Starts the benchmark's ranks, and ends all of them when one fails."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from machine import ceilings_in_own_process
+
+_CEILINGS = "WEIGHT_SYNC_CEILINGS"
+_POLL_S = 0.1
+_END_S = 20.0
+_PR_SET_PDEATHSIG = 1
+
+
+def launched() -> bool:
+    """Whether this process is one of the ranks; as such, it ends with its launcher."""
+    if _CEILINGS in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        return True
+    if "RANK" in os.environ:
+        sys.exit("the benchmark starts its own ranks: run it with python, not with torchrun")
+    return False
+
+
+def given_ceilings() -> dict[str, float | None]:
+    """The copy ceilings that the launcher measured."""
+    found: dict[str, float | None] = json.loads(os.environ[_CEILINGS])
+    return found
+
+
+def launch(world: int, args: argparse.Namespace) -> int:
+    """Run this script once a rank; returns the exit status of the first that fails, or 0.
+
+    Raises:
+        TimeoutError: `args.timeout` seconds were not enough.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    env = {
+        **os.environ,
+        _CEILINGS: json.dumps(ceilings_in_own_process()),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+    }
+    env.setdefault("OMP_NUM_THREADS", "1")
+    if args.expandable:
+        allocator = env.get("PYTORCH_CUDA_ALLOC_CONF")
+        env["PYTORCH_CUDA_ALLOC_CONF"] = ",".join(filter(None, [allocator, "expandable_segments:True"]))
+    if args.baseline:
+        # sglang.Engine sets these in its own process, our rank 0; NCCL fails where the other ranks differ.
+        env.update(NCCL_CUMEM_ENABLE="0", NCCL_NVLS_ENABLE="0")
+    ranks: list[subprocess.Popen[bytes]] = []
+    deadline = time.monotonic() + args.timeout
+    try:
+        for rank in range(world):
+            own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=own))
+        while True:
+            status = [rank.poll() for rank in ranks]
+            failed = [code for code in status if code]
+            if failed or None not in status:
+                return failed[0] if failed else 0
+            if time.monotonic() > deadline:
+                running = [rank for rank, code in enumerate(status) if code is None]
+                raise TimeoutError(f"ranks {running} were still at work after {args.timeout:.0f} s (--timeout)")
+            time.sleep(_POLL_S)
+    finally:
+        _end(ranks)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.terminate()
+    deadline = time.monotonic() + _END_S
+    for rank in ranks:
+        try:
+            rank.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait(timeout=_END_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
