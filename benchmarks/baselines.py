@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from spmd_engine.process import child_environment
 
-BASELINES = ("sglang-tensor", "sglang-flattened")
 PROBE = "probe.write_digests"
 _CPU_ARGS = {
     "device": "cpu",

@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import FrameType
-
-from machine import ceilings_in_own_process
+from typing import Any
 
 _CEILINGS = "WEIGHT_SYNC_CEILINGS"
 _POLL_S = 0.1
 _END_S = 20.0
+_MACHINE_S = 300.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -37,16 +38,16 @@ def given_ceilings() -> dict[str, float | None]:
     return found
 
 
-def launch(world: int, args: argparse.Namespace) -> int:
-    """Run this script once a rank; returns the exit status of the first that fails, or 0.
-
-    Raises:
-        TimeoutError: `args.timeout` seconds were not enough.
-    """
+def launch(args: argparse.Namespace) -> int:
+    """Run this script once a rank; returns the exit status of the first that fails, or 0."""
     signal.signal(signal.SIGTERM, _exit_on_signal)
+    world = args.tp * args.dp
+    machine = _machine()
+    if 0 < machine["gpus"] < world:
+        sys.exit(f"{world} ranks need as many GPUs; {machine['gpus']} are here")
     env = {
         **os.environ,
-        _CEILINGS: json.dumps(ceilings_in_own_process()),
+        _CEILINGS: json.dumps(machine["ceilings_gb_s"]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(world),
@@ -68,14 +69,28 @@ def launch(world: int, args: argparse.Namespace) -> int:
         while True:
             status = [rank.poll() for rank in ranks]
             failed = [code for code in status if code]
-            if failed or None not in status:
-                return failed[0] if failed else 0
+            if failed:
+                rank = status.index(failed[0])
+                print(f"weight_sync: rank {rank} ended with status {failed[0]}; ending the others", file=sys.stderr)
+                return failed[0] if failed[0] > 0 else 128 - failed[0]
+            if None not in status:
+                return 0
             if time.monotonic() > deadline:
                 running = [rank for rank, code in enumerate(status) if code is None]
-                raise TimeoutError(f"ranks {running} were still at work after {args.timeout:.0f} s (--timeout)")
+                sys.exit(f"weight_sync: ranks {running} were still at work after {args.timeout:.0f} s (--timeout)")
             time.sleep(_POLL_S)
     finally:
         _end(ranks)
+
+
+def _machine() -> dict[str, Any]:
+    """The number of GPUs and the copy ceilings, found out in a process that ends before the ranks start."""
+    script = str(Path(__file__).with_name("machine.py"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=_MACHINE_S)
+    if done.returncode:
+        sys.exit(f"weight_sync: the copy ceilings could not be measured:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:

@@ -1,7 +1,7 @@
 """What the machine can do, what the processes on it hold, and the floor under a weight update.
 
-`python benchmarks/machine.py` measures the copy ceilings and prints them as JSON. The benchmark runs it as a process
-of its own, so that no context or memory of that measurement stays with the ranks.
+`python benchmarks/machine.py` prints the number of GPUs and the copy ceilings as JSON. The launcher runs it as a
+process of its own, so that no context or memory of that measurement stays with the ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -63,15 +62,6 @@ def measure_ceilings() -> dict[str, float | None]:
     if device.type == "cpu":
         return {"local": local, "peer": local}  # all ranks share one memory
     return {"local": local, "peer": rate(torch.device("cuda", 1)) if torch.cuda.device_count() > 1 else None}
-
-
-def ceilings_in_own_process(timeout_s: float = 300.0) -> dict[str, float | None]:
-    """`measure_ceilings` in a process that ends afterwards."""
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=timeout_s)
-    if done.returncode:
-        sys.exit(f"the copy ceilings could not be measured:\n{done.stderr}")
-    found: dict[str, float | None] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def floor_s(local: int, remote: int, *, written_per_read: float, ceilings: Ceilings) -> float:
@@ -202,4 +192,4 @@ class PeakMemory:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_ceilings()))
+    print(json.dumps({"gpus": torch.cuda.device_count(), "ceilings_gb_s": measure_ceilings()}))

@@ -30,6 +30,7 @@ ONCE = {"record", "plan"}
 PROMPT_TOKENS = 16
 DECODE_REPEAT = 3
 BASELINE_WARMUP = 2
+WRONG = 3  # exit status: weights differ
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def run_rank(args: argparse.Namespace) -> int:
         dist.barrier(group=control)
     dist.destroy_process_group()
     unlike = [name for found in result["baselines"].values() for name in found["unlike_spmd_engine"] or ()]
-    return 1 if result["spmd_engine"]["wrong_elements"] or unlike else 0
+    return WRONG if result["spmd_engine"]["wrong_elements"] or unlike else 0
 
 
 def _server_args(args: argparse.Namespace) -> dict[str, Any]:
