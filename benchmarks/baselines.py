@@ -199,11 +199,21 @@ class StockReplica:
             self._engine.end_weight_update()
 
 
+def _state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's weights, as DTensors if they are sharded: for FSDP1 its sharded state dict, as in verl."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+    if not isinstance(model, FullyShardedDataParallel):
+        return model.state_dict()
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+        return model.state_dict()
+
+
 def _buckets(model: torch.nn.Module, size: int) -> Iterator[Named]:
     """The model's weights in its own order, in groups of at most `size` bytes; a larger one is a group of its own."""
     bucket: Named = []
     held = 0
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _state_dict(model).items():
         tensor = tensor.detach()
         bytes_ = tensor.numel() * tensor.element_size()
         if bucket and held + bytes_ > size:
@@ -216,7 +226,9 @@ def _buckets(model: torch.nn.Module, size: int) -> Iterator[Named]:
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole weight. On the CPU a copy: a handle there moves the storage itself into shared memory."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.clone() if whole.device.type == "cpu" else whole
 
 
 def _start_gathering(tensor: torch.Tensor) -> torch.Tensor:

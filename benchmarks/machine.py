@@ -187,6 +187,8 @@ class PeakMemory:
         self._thread.join(timeout=30)
 
     def _sample(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a new thread starts on device 0
         while not self._stop.wait(SAMPLE_S):
             self.peak = max(self.peak, self.level())
 

@@ -285,13 +285,13 @@ def _measure_baseline(
     def update() -> int:
         return replica.update(name, model, bucket_bytes=size)
 
-    renew(model, seed=4)
-    update()
-    old = replica.digests(exact=False)[tp_rank]
-    renew(model, seed=3)  # what SpmdEngine verified
     pids = [os.getpid(), *replica.pids]
     job.align()
     memory_before = PeakMemory(job.device, _watched(job, pids)).level()
+    renew(model, seed=4)
+    update()
+    old = replica.digests(exact=False)[tp_rank]
+    renew(model, seed=3)  # as SpmdEngine had them last
     times = []
     for _ in range(BASELINE_WARMUP + args.baseline_iters):
         job.align()

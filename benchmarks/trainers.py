@@ -42,19 +42,16 @@ def _shard_fsdp2(model: torch.nn.Module, mesh: dist.DeviceMesh) -> torch.nn.Modu
 
 
 def _shard_fsdp1(model: torch.nn.Module, mesh: dist.DeviceMesh, device: torch.device) -> torch.nn.Module:
-    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    wrapped = FullyShardedDataParallel(
+    return FullyShardedDataParallel(
         model,
         auto_wrap_policy=ModuleWrapPolicy({type(model.model.layers[0])}),
         device_mesh=mesh,
         device_id=device,
         use_orig_params=True,
     )
-    # With a device mesh, `state_dict()` then gives DTensors: what verl hands to SGLang.
-    FullyShardedDataParallel.set_state_dict_type(wrapped, StateDictType.SHARDED_STATE_DICT)
-    return wrapped
 
 
 def renew(model: torch.nn.Module, seed: int) -> None:

@@ -1,0 +1,64 @@
+"""`benchmarks/weight_sync.py` as a user runs it, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from integration.jobs import environment
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "weight_sync.py"
+
+
+def run(tmp_path, *arguments, timeout_s=240.0):
+    command = [sys.executable, str(SCRIPT), *arguments, "--timeout", str(timeout_s - 30)]
+    env = {**environment(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
+
+
+def test_numbers_baseline_and_plot(tmp_path):
+    """A mixture of experts: the baseline has to translate their names to reach all parameters."""
+    numbers, picture = tmp_path / "numbers.json", tmp_path / "plot.png"
+    done = run(
+        tmp_path,
+        *("--model", "tiny-moe", "--tp", "2", "--iters", "3", "--verify", "--decode", "2x4", "--expandable"),
+        *("--baseline", "sglang-tensor,sglang-flattened", "--baseline-iters", "1"),
+        *("--json", str(numbers), "--plot", str(picture)),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(numbers.read_text())
+    assert found["header"]["ranks"] == 2 and found["header"]["commit"]
+    assert found["header"]["allocator"] == "expandable_segments:True"
+    assert found["ceilings_gb_s"]["local"] > 0
+
+    ours = found["spmd_engine"]
+    assert ours["wrong_elements"] == 0
+    assert ours["local_bytes"] > 0 and ours["peer_bytes"] > 0 and ours["network_bytes"] == 0
+    assert ours["floor_s"] > 0
+    assert {"wait", "copy", "device", "commit", "other", "total"} <= ours["phases_s"].keys()
+    assert all(0 < times["min"] <= times["median"] <= times["max"] for times in [ours["phases_s"]["total"]])
+    assert [len(rank["rows_s"]) for rank in found["ranks"]] == [3, 3]
+    assert ours["memory"].keys() == {"peak_extra_bytes", "peak_over_first_bytes"}
+    assert ours["growth"]["updates"] == 2
+    assert {"trainer_resident_bytes", "scheduler_descriptors", "scheduler_mappings"} <= ours["growth"]["by"].keys()
+    assert ours["decode"]["before_tokens_s"] > 0 and ours["decode"]["after_tokens_s"] > 0
+
+    assert found["baselines"].keys() == {"sglang-tensor", "sglang-flattened"}
+    for name, baseline in found["baselines"].items():
+        assert baseline["unlike_spmd_engine"] == [], name
+        assert baseline["parameters"] > 0 and baseline["requests"] == 1
+        assert baseline["total_s"]["median"] > 0
+    assert "wrong elements: 0" in done.stdout and "sglang-flattened" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path):
+    done = run(tmp_path, "--model", str(tmp_path / "missing"), "--tp", "2", timeout_s=120.0)
+    assert done.returncode == 1
+    assert "missing" in done.stderr and "ending the others" in done.stderr
