@@ -10,7 +10,8 @@ open the handles and run `model.load_weights`.
   `load_format="flattened_bucket"`. The loop of slime's FSDP backend.
 
 SGLang answers when it has queued its copies, not when they are done: what is timed here is a little less than a whole
-update.
+update. On the CPU it collects garbage when it flushes its cache, about half a second whatever the model: the ratios
+that count are those on a GPU.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any
 
 _CEILINGS = "WEIGHT_SYNC_CEILINGS"
 _POLL_S = 0.1
+_GRACE_S = 1.0
 _END_S = 20.0
 _MACHINE_S = 300.0
 _PR_SET_PDEATHSIG = 1
@@ -70,8 +71,10 @@ def launch(args: argparse.Namespace) -> int:
             status = [rank.poll() for rank in ranks]
             failed = [code for code in status if code]
             if failed:
-                rank = status.index(failed[0])
-                print(f"weight_sync: rank {rank} ended with status {failed[0]}; ending the others", file=sys.stderr)
+                time.sleep(_GRACE_S)  # whose end came first may be seen last
+                ended = {rank: code for rank, code in enumerate(rank.poll() for rank in ranks) if code}
+                words = ", ".join(f"rank {rank} with status {code}" for rank, code in ended.items())
+                print(f"weight_sync: ended: {words}; ending the others", file=sys.stderr)
                 return failed[0] if failed[0] > 0 else 128 - failed[0]
             if None not in status:
                 return 0
@@ -86,7 +89,10 @@ def launch(args: argparse.Namespace) -> int:
 def _machine() -> dict[str, Any]:
     """The number of GPUs and the copy ceilings, found out in a process that ends before the ranks start."""
     script = str(Path(__file__).with_name("machine.py"))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=_MACHINE_S)
+    try:
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=_MACHINE_S)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"weight_sync: the copy ceilings were not measured within {_MACHINE_S:.0f} s")
     if done.returncode:
         sys.exit(f"weight_sync: the copy ceilings could not be measured:\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -8,6 +8,7 @@ import os
 import statistics
 import tempfile
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -135,15 +136,16 @@ def _measure_engine(job: Job, model: torch.nn.Module) -> tuple[dict[str, Any], d
         decoded = None if args.decode is None else [_decode_rate(job, engine)]
         job.align()
         memory_before = PeakMemory(job.device, _watched(job, pids)).level()
-        rows: list[dict[str, float]] = []
+        seconds = array("d")  # flat: what the benchmark keeps must not look like growth
         held = {}
         for index in range(args.warmup + args.iters):
             job.align()
             call = time.perf_counter()
             stats = engine.update_weights(model)
-            rows.append(_phases(stats, time.perf_counter() - call))
+            phases = _phases(stats, time.perf_counter() - call)
+            seconds.extend(phases.values())
             if index == 0:
-                first = {**rows[0], "record": stats.record_s, "plan": stats.plan_s}
+                first = {**phases, "record": stats.record_s, "plan": stats.plan_s}
             if index == args.warmup:
                 held = resources(job.device, processes)
         job.align()
@@ -157,7 +159,7 @@ def _measure_engine(job: Job, model: torch.nn.Module) -> tuple[dict[str, Any], d
             wrong = engine.update_weights(model, verify=True).wrong_elements
         digests = engine.weight_checksums() if args.verify and args.baseline else {}
     return {
-        "rows_s": rows[args.warmup :],
+        "rows_s": _rows(list(phases), seconds)[args.warmup :],
         "first_s": {name: first[name] for name in ("record", "plan", "bind", "total")},
         "local_bytes": stats.local_bytes,
         "peer_bytes": stats.remote_bytes,
@@ -180,6 +182,11 @@ def _phases(stats: UpdateStats, total: float) -> dict[str, float]:
     return {**steady, "other": total - covered, "total": total}
 
 
+def _rows(names: list[str], seconds: array[float]) -> list[dict[str, float]]:
+    width = len(names)
+    return [dict(zip(names, seconds[i : i + width], strict=True)) for i in range(0, len(seconds), width)]
+
+
 def _summary(job: Job, ranks: list[dict[str, Any]], ceilings: dict[str, float | None]) -> dict[str, Any]:
     """What all ranks measured, in one: the slowest, the largest, the sum, as it fits."""
     args = job.args
@@ -192,9 +199,9 @@ def _summary(job: Job, ranks: list[dict[str, Any]], ceilings: dict[str, float | 
     wrong = [rank["wrong_elements"] for rank in ranks]
     decode = None
     if args.decode is not None:
+        sequences, tokens = args.decode
         before, after = (min(rank["decode_tokens_s"][i] for rank in ranks) for i in (0, 1))
-        decode = {"sequences": args.decode[0], "tokens": args.decode[1]}
-        decode.update(before_tokens_s=before, after_tokens_s=after)
+        decode = {"sequences": sequences, "tokens": tokens, "before_tokens_s": before, "after_tokens_s": after}
     return {
         "phases_s": report.slowest([rank["rows_s"] for rank in ranks]),
         "first_s": {name: max(rank["first_s"][name] for rank in ranks) for name in most["first_s"]},

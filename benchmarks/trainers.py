@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ def make_trainer(path: Path, kind: str, *, dtype: torch.dtype, device: torch.dev
     return model
 
 
-def _shard_fsdp2(model: torch.nn.Module, mesh: dist.DeviceMesh) -> torch.nn.Module:
+def _shard_fsdp2(model: Any, mesh: dist.DeviceMesh) -> torch.nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.model.layers:
@@ -41,7 +42,7 @@ def _shard_fsdp2(model: torch.nn.Module, mesh: dist.DeviceMesh) -> torch.nn.Modu
     return model
 
 
-def _shard_fsdp1(model: torch.nn.Module, mesh: dist.DeviceMesh, device: torch.device) -> torch.nn.Module:
+def _shard_fsdp1(model: Any, mesh: dist.DeviceMesh, device: torch.device) -> torch.nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
