@@ -234,6 +234,7 @@ def _decode_rate(job: Job, engine: SpmdEngine) -> float:
         began = time.perf_counter()
         outputs = engine.generate(input_ids=prompts, sampling_params=params)
         times.append(time.perf_counter() - began)
+        assert isinstance(outputs, list)
         made = sum(len(output["output_ids"]) for output in outputs)
         assert made == sequences * tokens, f"asked for {sequences * tokens} tokens, got {made}"
     return sequences * tokens / statistics.median(times[1:])
