@@ -4,10 +4,22 @@
 #pragma once
 
 #include <cerrno>
+#include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <string>
 
 #include "errors.hpp"
+
+namespace spmd {
+
+inline std::string hex(uint64_t address) {
+  char text[24];
+  std::snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(address));
+  return text;
+}
+
+}  // namespace spmd
 
 #define SPMD_HERE (std::string(" at ") + __FILE_NAME__ + ":" + std::to_string(__LINE__))
 

@@ -6,6 +6,7 @@
 #include "bindings.hpp"
 #include "copy_table.hpp"
 #include "memory_handle.hpp"
+#include "vmm.hpp"
 
 namespace py = pybind11;
 
@@ -56,6 +57,13 @@ void register_cuda(py::module_& m) {
   m.def("open_handle", open_bytes, py::arg("device"), py::arg("handle"));
   m.def("close_handle", close_handle, py::arg("address"), Unlocked());
   m.def("device_uuid", device_uuid, py::arg("device"), Unlocked());
+  m.def("export_descriptors", export_descriptors, py::arg("addresses"), Unlocked());
+  py::class_<ChunkMapping>(m, "ChunkMapping")
+      .def(py::init<int, std::vector<uint64_t>>(), py::arg("device"), py::arg("sizes"), Unlocked())
+      .def("map", &ChunkMapping::map, py::arg("descriptors"), Unlocked())
+      .def("close", &ChunkMapping::close, Unlocked())
+      .def_property_readonly("base", &ChunkMapping::base)
+      .def_property_readonly("mapped", &ChunkMapping::mapped);
   py::class_<CopyTable>(m, "CopyTable")
       .def(py::init(&make_table), py::arg("device"), py::arg("table").noconvert(), py::arg("remote"),
            py::arg("blocks_per_sm"), py::arg("tile_bytes"))

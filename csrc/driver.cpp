@@ -21,6 +21,15 @@ Driver load() {
   look_up("cuGetErrorName", 12000, d.cuGetErrorName);
   look_up("cuMemGetAddressRange", 12000, d.cuMemGetAddressRange);
   look_up("cuPointerGetAttribute", 12000, d.cuPointerGetAttribute);
+  look_up("cuMemRetainAllocationHandle", 12000, d.cuMemRetainAllocationHandle);
+  look_up("cuMemRelease", 12000, d.cuMemRelease);
+  look_up("cuMemExportToShareableHandle", 12000, d.cuMemExportToShareableHandle);
+  look_up("cuMemImportFromShareableHandle", 12000, d.cuMemImportFromShareableHandle);
+  look_up("cuMemAddressReserve", 12000, d.cuMemAddressReserve);
+  look_up("cuMemAddressFree", 12000, d.cuMemAddressFree);
+  look_up("cuMemMap", 12000, d.cuMemMap);
+  look_up("cuMemUnmap", 12000, d.cuMemUnmap);
+  look_up("cuMemSetAccess", 12000, d.cuMemSetAccess);
   return d;
 }
 

@@ -14,6 +14,16 @@ struct Driver {
   CUresult(CUDAAPI* cuGetErrorName)(CUresult, const char**);
   CUresult(CUDAAPI* cuMemGetAddressRange)(CUdeviceptr*, size_t*, CUdeviceptr);
   CUresult(CUDAAPI* cuPointerGetAttribute)(void*, CUpointer_attribute, CUdeviceptr);
+  CUresult(CUDAAPI* cuMemRetainAllocationHandle)(CUmemGenericAllocationHandle*, void*);
+  CUresult(CUDAAPI* cuMemRelease)(CUmemGenericAllocationHandle);
+  CUresult(CUDAAPI* cuMemExportToShareableHandle)(void*, CUmemGenericAllocationHandle, CUmemAllocationHandleType,
+                                                  unsigned long long);
+  CUresult(CUDAAPI* cuMemImportFromShareableHandle)(CUmemGenericAllocationHandle*, void*, CUmemAllocationHandleType);
+  CUresult(CUDAAPI* cuMemAddressReserve)(CUdeviceptr*, size_t, size_t, CUdeviceptr, unsigned long long);
+  CUresult(CUDAAPI* cuMemAddressFree)(CUdeviceptr, size_t);
+  CUresult(CUDAAPI* cuMemMap)(CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long);
+  CUresult(CUDAAPI* cuMemUnmap)(CUdeviceptr, size_t);
+  CUresult(CUDAAPI* cuMemSetAccess)(CUdeviceptr, size_t, const CUmemAccessDesc*, size_t);
 
   std::string name(CUresult code) const;
 };

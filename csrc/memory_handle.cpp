@@ -8,17 +8,12 @@
 
 #include "check.hpp"
 #include "driver.hpp"
+#include "vmm.hpp"
 
 namespace spmd {
 namespace {
 
 static_assert(sizeof(cudaIpcMemHandle_t) == 64);
-
-std::string hex(uint64_t address) {
-  char text[24];
-  std::snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(address));
-  return text;
-}
 
 // Which device each open mapping belongs to, and how often it was opened: closing needs that device to be current.
 struct Mapping {
@@ -40,18 +35,15 @@ ExportedAllocation export_allocation(uint64_t address) {
   int capable = 0;
   SPMD_CHECK_DRIVER(driver(),
                     cuPointerGetAttribute(&capable, CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, address));
-  if (capable == 0)
-    throw NotExportableError(
-        "device memory at " + hex(address) +
-            " cannot be shared by a CUDA IPC handle: it was not made by cudaMalloc. If torch's expandable segments "
-            "made "
-            "it, start the process without expandable_segments in PYTORCH_CUDA_ALLOC_CONF; memory of "
-            "torch_memory_saver and of cudaMallocAsync cannot be shared either",
-        cudaErrorInvalidValue, "cudaErrorInvalidValue");
+  std::string reason;
+  if (capable == 0 && !is_exportable_chunk(address, reason))
+    throw NotExportableError("device memory at " + hex(address) + " cannot be shared with another process: " + reason,
+                             cudaErrorInvalidValue, "cudaErrorInvalidValue");
 
   CUdeviceptr base = 0;
   size_t size = 0;
   SPMD_CHECK_DRIVER(driver(), cuMemGetAddressRange(&base, &size, address));
+  if (capable == 0) return {base, size, ""};
   cudaIpcMemHandle_t handle;
   SPMD_CHECK_CUDA(cudaIpcGetMemHandle(&handle, reinterpret_cast<void*>(base)));
   return {base, size, std::string(reinterpret_cast<const char*>(&handle), sizeof(handle))};

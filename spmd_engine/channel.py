@@ -73,6 +73,17 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Descriptors:
+    """The chunks that hold this rank's shards. With it comes a socket, over which their file descriptors follow.
+
+    Attributes:
+        counts: how many chunks each handle of `ShardMemory` stands for, in the order in which they follow.
+    """
+
+    counts: dict[bytes, int]
+
+
+@dataclass(frozen=True)
 class Call:
     """A collective call.
 

@@ -29,6 +29,7 @@ class Source:
     Attributes:
         layout: the same on all ranks.
         addresses: of this rank's shard of each weight, uint64; 0 where it holds nothing.
+        sizes: bytes of each of these shards, uint64.
         device: CUDA ordinal that holds all shards of this rank, None for the CPU.
         optional: names that the engine may ignore: buffers, and second names of a weight that is listed already.
         shards: the local tensors, kept alive while they are read; none where the source itself does that.
@@ -36,6 +37,7 @@ class Source:
 
     layout: SourceLayout
     addresses: np.ndarray
+    sizes: np.ndarray
     device: int | None
     optional: frozenset[str]
     shards: tuple[torch.Tensor, ...]
@@ -127,6 +129,7 @@ def describe(items: list[Item], rank: int) -> Source:
     return Source(
         layout=SourceLayout(tuple(weights), tuple(meshes)),
         addresses=addresses,
+        sizes=np.array([shard.nbytes for shard in shards], dtype=np.uint64),
         device=None if device.type == "cpu" else device.index,
         optional=frozenset(optional),
         shards=tuple(shards),

@@ -16,6 +16,7 @@ import torch
 
 from spmd_engine import _native
 from spmd_engine.errors import PlanError, TransferError
+from spmd_engine.fd_passing import PassingError
 from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.plan import TransferPlan
 
@@ -163,6 +164,11 @@ class CudaTransfer:
             wanted = np.unique(self._plan.weight[self._plan.rank == rank])
             try:
                 addresses[rank] = self._handles.addresses(memories[rank], wanted)
+            except PassingError as error:
+                raise TransferError(
+                    f"rank {self._rank} did not get the file descriptors of rank {rank}'s memory: {error}. Call "
+                    "update_weights again to have them offered anew"
+                ) from error
             except _NATIVE_ERRORS as error:
                 raise TransferError(
                     f"rank {self._rank} on {self._uuid} cannot open the memory of rank {rank} on "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 
 from spmd_engine import _native
+from spmd_engine.channel import Descriptors
 from spmd_engine.digest import digest
-from spmd_engine.errors import PlanError
+from spmd_engine.errors import PlanError, TransferError
+from spmd_engine.fd_passing import PassingError
 from spmd_engine.handles import Exporter, ShardMemory
 from spmd_engine.layout import SourceLayout
 from spmd_engine.process import SchedulerProcess
@@ -66,6 +69,7 @@ class WeightUpdates:
 
         Raises:
             PlanError: see `sources.SourceReader.read`; or the shards' memory cannot be shared between processes.
+            TransferError: the scheduler process did not take the memory's file descriptors.
             CollectiveTimeoutError: a rank that holds shards did not come to the first update.
         """
         began = time.monotonic()
@@ -87,6 +91,8 @@ class WeightUpdates:
         moved = self._last is None or self._last[0] != key or not memory.same_as(self._last[1])
         # Until this update commits: the scheduler process may take the new places and then refuse the update.
         self._last = None
+        if moved:
+            self._pass_descriptors(memory)
         payload = {
             "ranks": self.last_ranks,
             "key": key,
@@ -144,9 +150,29 @@ class WeightUpdates:
             _native.allow_ptrace_by_any()  # where Yama restricts ptrace to descendants
             self._ptrace_allowed = True
         try:
-            return self._exporter.export(described.addresses, device=described.device)
+            return self._exporter.export(described.addresses, described.sizes, device=described.device)
         except _native.NativeError as error:
             raise PlanError(f"rank {self._rank} cannot share its shards with other processes: {error}") from error
+
+    def _pass_descriptors(self, memory: ShardMemory) -> None:
+        """Give the scheduler process the file descriptors that `memory` needs, if any; it offers them to the others.
+
+        Raises:
+            TransferError: it did not take them, or a chunk was freed meanwhile.
+        """
+        counts = {handle: len(sizes) for handle, sizes in zip(memory.handles, memory.chunks, strict=True) if sizes}
+        if not counts:
+            return
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                self._process.send(Descriptors(counts), fds=(theirs.fileno(),))
+            try:
+                self._exporter.send_descriptors(ours, timeout_s=self._timeout_s)
+            except (PassingError, _native.NativeError) as error:
+                raise TransferError(
+                    f"rank {self._rank} could not pass its shards' memory to its scheduler process: {error}"
+                ) from error
 
 
 def _plain(layout: SourceLayout) -> list[Any]:

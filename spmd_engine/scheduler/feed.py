@@ -8,11 +8,12 @@ in a blocking receive.
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from array import array
 from typing import Any, NoReturn
 
-from spmd_engine.channel import Call, Channel, ChannelClosed, Coming, LinkAddress, Reply, Shutdown, Start
+from spmd_engine.channel import Call, Channel, ChannelClosed, Coming, Descriptors, LinkAddress, Reply, Shutdown, Start
 from spmd_engine.digest import digest
 from spmd_engine.errors import ErrorReport, SpmdEngineError
 from spmd_engine.links import Frame, Links, LinkTimeout, PeerGone
@@ -59,6 +60,8 @@ class Feed:
             except SpmdEngineError as error:
                 self._reply(call, error=ErrorReport(type(error).__name__, str(error), self._start.rank))
                 continue
+            finally:
+                self._weights.withdraw()
             if batch is not None:
                 self._running = call
                 return [batch]
@@ -81,6 +84,8 @@ class Feed:
             elif isinstance(message, Coming):
                 self._weights.inspect()
                 spin_s = self._spin_s
+            elif isinstance(message, Descriptors):
+                self._weights.offer(message.counts, socket.socket(fileno=fds[0]))
             elif isinstance(message, Call):
                 return message
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from spmd_engine import coverage, transfer
 from spmd_engine.channel import Start
 from spmd_engine.errors import ErrorReport, PlanError, SpmdEngineError, WeightsInconsistentError
+from spmd_engine.fd_passing import DescriptorServer, PassingError
 from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.layout import SourceLayout, Weight, contiguous_strides
 from spmd_engine.links import Frame
@@ -64,8 +66,24 @@ class WeightsKeeper:
         self._memories: dict[int, ShardMemory] = {}  # of each rank, as it last said
         self._device = next(adapter.model_of(scheduler).parameters()).device
         self._handles = None if self._device.type == "cpu" else OpenHandles(self._device.index or 0)
+        self._offered: DescriptorServer | None = None
         self._broken: str | None = None
         self._conversion = Conversion(adapter.hf_config_of(scheduler))
+
+    def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:
+        """Take the file descriptors of this rank's memory from the trainer, and offer them until `withdraw`."""
+        self.withdraw()
+        try:
+            with sock:
+                self._offered = DescriptorServer.receive(sock, counts)
+        except PassingError:
+            logger.exception("rank %d: the file descriptors of the weights did not come", self._rank)
+
+    def withdraw(self) -> None:
+        """Stop offering them: all who need them have them, or the update has failed."""
+        if self._offered is not None:
+            self._offered.close()
+            self._offered = None
 
     def check_consistent(self) -> None:
         """Raise if the last update failed half-way."""
@@ -91,6 +109,8 @@ class WeightsKeeper:
         if payload["layout"] is not None:
             self._layouts[key] = payload["layout"]
         memory: ShardMemory | None = payload["memory"]
+        if memory is not None and self._offered is not None:
+            memory = replace(memory, offered_at=self._offered.address)
         described, places = (None, b"") if memory is None else memory.to_frame()
         self.inspect()
         prepared = self._prepared.get(key)

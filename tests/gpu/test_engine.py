@@ -33,8 +33,21 @@ two_gpus = [
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 512, "head_dim": 64}
 
 
-def run_ranks(tmp_path: Path, scenario: str, world: int, *, one_gpu_each: bool = False, **arguments: Any) -> None:
-    """Run a scenario of worker.py on `world` ranks; with `one_gpu_each` a rank sees its own GPU only, as under Ray."""
+def run_ranks(
+    tmp_path: Path,
+    scenario: str,
+    world: int,
+    *,
+    one_gpu_each: bool = False,
+    expandable: bool = False,
+    **arguments: Any,
+) -> None:
+    """Run a scenario of worker.py on `world` ranks.
+
+    Args:
+        one_gpu_each: a rank sees its own GPU only, as under Ray.
+        expandable: the trainer's memory is in expandable segments.
+    """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -44,6 +57,8 @@ def run_ranks(tmp_path: Path, scenario: str, world: int, *, one_gpu_each: bool =
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
         if one_gpu_each:
             env["CUDA_VISIBLE_DEVICES"] = str(rank)
+        if expandable:
+            env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         with open(tmp_path / f"rank{rank}.log", "wb") as log:
             command = [sys.executable, str(WORKER), scenario, json.dumps(arguments)]
             ranks.append(
@@ -71,20 +86,24 @@ def _logs(directory: Path, world: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "world", "one_gpu_each"),
+    ("name", "tp", "world", "how"),
     [
-        ("qwen2", 1, 1, False),
-        ("gemma", 1, 1, False),
-        ("qwen3_moe", 1, 1, False),
-        pytest.param("qwen2", 2, 2, True, marks=two_gpus),
-        pytest.param("qwen3_moe", 2, 2, False, marks=two_gpus),
+        ("qwen2", 1, 1, {}),
+        ("gemma", 1, 1, {}),
+        ("qwen3_moe", 1, 1, {}),
+        ("qwen2", 1, 1, {"expandable": True}),
+        pytest.param("qwen2", 2, 2, {"one_gpu_each": True}, marks=two_gpus),
+        pytest.param("qwen3_moe", 2, 2, {}, marks=two_gpus),
+        pytest.param("qwen2", 2, 2, {"one_gpu_each": True, "expandable": True}, marks=two_gpus),
         # Two replicas: a scheduler process reads shards on a GPU that it does not see.
-        pytest.param("qwen2", 1, 2, True, marks=two_gpus),
+        pytest.param("qwen2", 1, 2, {"one_gpu_each": True}, marks=two_gpus),
+        pytest.param("qwen2", 1, 2, {"one_gpu_each": True, "expandable": True}, marks=two_gpus),
     ],
+    ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else None,
 )
-def test_bit_for_bit_what_sglang_loads(tmp_path: Path, name: str, tp: int, world: int, one_gpu_each: bool) -> None:
+def test_bit_for_bit_what_sglang_loads(tmp_path: Path, name: str, tp: int, world: int, how: dict[str, bool]) -> None:
     path, other = (str(models.save_model(name, tmp_path / str(seed), seed=seed, **SHAPE)) for seed in (1, 2))
-    run_ranks(tmp_path, "update", world, one_gpu_each=one_gpu_each, name=name, path=path, other=other, tp=tp)
+    run_ranks(tmp_path, "update", world, name=name, path=path, other=other, tp=tp, **how)
 
 
 def test_sources_that_change_and_sources_that_are_refused(tmp_path: Path) -> None:

@@ -209,21 +209,3 @@ def test_handles_that_cannot_be() -> None:
         _native.open_handle(b"abc", device=0)
     with pytest.raises(_native.NativeError, match="was not returned by open_handle"):
         _native.close_handle(4096)
-
-
-EXPANDABLE = """
-import os
-os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-import torch
-from spmd_engine import _native
-memory = torch.zeros(1 << 20, device="cuda")
-try:
-    _native.export_allocation(memory.data_ptr())
-except _native.NotExportableError as error:
-    print(error)
-"""
-
-
-def test_expandable_segments_are_refused_with_advice() -> None:
-    done = subprocess.run([sys.executable, "-c", EXPANDABLE], capture_output=True, text=True, check=True)
-    assert "expandable_segments" in done.stdout

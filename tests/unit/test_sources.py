@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor import Shard as TorchShard
 
 from spmd_engine.errors import CollectiveTimeoutError, PlanError
-from spmd_engine.handles import NOWHERE, ShardMemory, export_shards
+from spmd_engine.handles import NOWHERE, Exporter, ShardMemory
 from spmd_engine.layout import Mesh, Shard
 from spmd_engine.rendezvous import Rendezvous, bounded, node_identity
 from spmd_engine.sources import SourceReader, ranks_of
@@ -81,14 +81,22 @@ def test_refusals_name_the_weight(make, match):
 
 def test_shard_memory_crosses_a_link():
     memory = ShardMemory(
-        "GPU-1", 7, (b"a" * 64, b"b" * 64), np.array([0, NOWHERE, 1], np.uint32), np.array([8, 0, 16], np.uint64)
+        device="GPU-1",
+        pid=7,
+        handles=(b"a" * 64, b"b" * 64),
+        chunks=((), (4096, 8192)),
+        allocation=np.array([0, NOWHERE, 1], np.uint32),
+        offset=np.array([8, 0, 16], np.uint64),
+        offered_at="name/token",
     )
-    assert ShardMemory.from_frame(*memory.to_frame()).same_as(memory)
+    received = ShardMemory.from_frame(*memory.to_frame())
+    assert received.same_as(memory)
+    assert (received.chunks, received.offered_at) == (memory.chunks, "name/token")
     header, blob = memory.to_frame()
     with pytest.raises(ValueError, match="cannot hold 2 handles"):
         ShardMemory.from_frame(header, blob[:-1])
     assert not memory.same_as(None)
-    assert export_shards(np.array([1, 2], np.uint64), device=None).is_cpu
+    assert Exporter().export(np.array([1, 2], np.uint64), np.array([4, 4], np.uint64), device=None).is_cpu
 
 
 def test_rendezvous_of_two_ranks_and_of_a_rank_that_never_comes():
