@@ -100,7 +100,7 @@ def receive_batch(sock: socket.socket, *, timeout_s: float = TIMEOUT_S) -> list[
 
 
 def close_all(descriptors: Sequence[int]) -> None:
-    """Close descriptors; those that are closed already are passed over."""
+    """Close descriptors that this process owns."""
     for descriptor in descriptors:
         with contextlib.suppress(OSError):
             os.close(descriptor)

@@ -86,7 +86,6 @@ def test_nothing_stays_open():
     server.close()
     assert [os.pread(descriptor, 9, 0) for descriptor in fetched] == [b"0", b"1", b"2", b"3", b"4"]
     close_all(fetched)
-    close_all(fetched)
     assert (open_files(), threading.active_count()) == (before, threads)
     with pytest.raises(PassingError, match="is gone"):
         list(fetch(server.address, {b"a": 5}))
