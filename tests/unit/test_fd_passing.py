@@ -37,6 +37,30 @@ file = tempfile.TemporaryFile()
 print(DescriptorServer({b"\\xaa": [file.fileno()]}).address, flush=True)
 sys.stdin.read()
 """
+# Serves 100 files and fetches those at all addresses that it reads; all in flight at once would exceed the limit.
+RANK = """
+import os, resource, sys, tempfile
+from spmd_engine.fd_passing import DescriptorServer, close_all, fetch
+made = []
+for number in range(100):
+    with tempfile.TemporaryFile() as file:
+        file.write(b"%s %d" % (sys.argv[1].encode(), number))
+        file.flush()
+        made.append(os.dup(file.fileno()))
+if os.geteuid() == 0:
+    os.setuid(65534)  # the kernel does not limit root
+resource.setrlimit(resource.RLIMIT_NOFILE, (190, 190))
+server = DescriptorServer({b"\\xaa": made})
+print(server.address, flush=True)
+for address in sys.stdin.readline().split():
+    texts = []
+    for descriptors in fetch(address, {b"\\xaa": 100}):
+        texts += [os.pread(descriptor, 100, 0).decode().split() for descriptor in descriptors]
+        close_all(descriptors)
+    print(*{rank for rank, _ in texts}, [int(number) for _, number in texts] == list(range(100)), flush=True)
+sys.stdin.read()
+server.close()
+"""
 
 
 def files(count: int, start: int = 0) -> list[int]:
@@ -208,6 +232,20 @@ def test_another_user_is_refused(server):
     name, _, _ = server.address.partition("/")
     done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=30)
     assert done.stdout.strip() == "b''", done.stderr
+
+
+def test_ranks_that_all_serve_and_fetch_do_not_wait_for_one_another_for_ever():
+    count = 6
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank)], **pipes) for rank in range(count)]
+    addresses = [rank.stdout.readline().strip() for rank in ranks]
+    for rank in ranks:
+        rank.stdin.write(" ".join(addresses) + "\n")
+        rank.stdin.flush()
+    for rank in ranks:
+        assert [rank.stdout.readline().split() for _ in addresses] == [[str(i), "True"] for i in range(count)]
+    for rank in ranks:
+        assert rank.communicate(timeout=30) == ("", "") and rank.returncode == 0
 
 
 def test_too_many_descriptors_in_flight_are_waited_for(monkeypatch):

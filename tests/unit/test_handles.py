@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from spmd_engine import _native, fd_passing
+from spmd_engine.channel import Descriptors
+from spmd_engine.errors import TransferError
 from spmd_engine.fd_passing import DescriptorServer, PassingError
 from spmd_engine.handles import NOWHERE, Exporter, OpenHandles
+from spmd_engine.updates import WeightUpdates
 
 KIB = 1 << 10
 
@@ -182,4 +185,44 @@ def test_what_cannot_be_opened_leaves_nothing_behind(device):
             opened.addresses(type(memory)(**{**vars(memory), "offered_at": server.address}), np.array([3, 7]))
     server.close()
     assert len(opened) == 0 and all(mapping.is_closed for mapping in Mapping.made)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Process:
+    """In place of a scheduler process that takes descriptors, or is gone."""
+
+    def __init__(self, *, is_alive: bool) -> None:
+        self.is_alive, self.servers, self.thread = is_alive, [], None
+
+    def send(self, message: Descriptors, fds: tuple[int, ...]) -> None:
+        if self.is_alive:
+            sock = socket.socket(fileno=os.dup(fds[0]))
+            self.thread = threading.Thread(target=self._take, args=(sock, message.counts))
+            self.thread.start()
+
+    def _take(self, sock: socket.socket, counts: dict[bytes, int]) -> None:
+        with sock:
+            self.servers.append(DescriptorServer.receive(sock, counts, timeout_s=10.0))
+
+
+def test_a_rank_passes_its_descriptors_on_or_says_that_it_cannot(device):
+    before = len(os.listdir("/proc/self/fd"))
+    for is_alive in (True, False):
+        process = Process(is_alive=is_alive)
+        updates = WeightUpdates(3, (3,), process, 10.0)
+        memory = updates._exporter.export(*ALL, device=0)
+        if is_alive:
+            updates._pass_descriptors(memory)
+            process.thread.join()
+            (server,) = process.servers
+            counts = {memory.handles[1]: 3}
+            texts = []
+            for batch in fd_passing.fetch(server.address, counts):
+                texts += [os.pread(descriptor, 9, 0) for descriptor in batch]
+                fd_passing.close_all(batch)
+            assert texts == [b"1", b"2", b"3"]
+            server.close()
+        else:
+            with pytest.raises(TransferError, match="rank 3 could not pass its shards' memory"):
+                updates._pass_descriptors(memory)
     assert len(os.listdir("/proc/self/fd")) == before
