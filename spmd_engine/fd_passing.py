@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 
-from spmd_engine.links import recv_frame, send_frame
+from spmd_engine.links import frame, recv_frame
 
 logger = logging.getLogger(__name__)
 
@@ -229,8 +229,8 @@ def fetch(
         try:
             sock.connect(f"\0{name}")
             _check_same_user(sock)
-            send_frame(sock, {"token": token})
-            send_frame(sock, {"names": [name.hex() for name in counts]})
+            sock.sendall(frame({"token": token}))
+            sock.sendall(frame({"names": [name.hex() for name in counts]}))
         except OSError as error:
             raise PassingError(f"they cannot be asked for: {_reason(error, timeout_s)}") from error
         while left > 0:

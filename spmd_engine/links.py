@@ -47,9 +47,10 @@ def listen(host: str) -> socket.socket:
     return listener
 
 
-def send_frame(sock: socket.socket, header: dict[str, Any], blob: bytes = b"") -> None:
+def frame(header: dict[str, Any], blob: bytes = b"") -> bytes:
+    """What `recv_frame` takes apart."""
     text = json.dumps(header, separators=(",", ":")).encode()
-    sock.sendall(_HEADER.pack(len(text), len(blob)) + text + blob)
+    return _HEADER.pack(len(text), len(blob)) + text + blob
 
 
 def recv_frame(sock: socket.socket, limit: int = _MAX_HEADER) -> Frame:
@@ -129,7 +130,7 @@ class Links:
                     (address.host, address.port), timeout=max(0.001, deadline - time.monotonic())
                 )
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                send_frame(sock, {"token": address.token, "rank": self.rank, "lane": lane})
+                sock.sendall(frame({"token": address.token, "rank": self.rank, "lane": lane}))
             except TimeoutError:
                 raise LinkTimeout(self.hub, timeout_s) from None
             except OSError:
@@ -153,7 +154,7 @@ class Links:
             return [(header, blob)]
         deadline = time.monotonic() + timeout_s
         if self.rank != self.hub:
-            self._send(self.hub, header, blob)
+            self._send(self.hub, frame(header, blob))
             merged, payload = self._recv(self.hub, deadline, timeout_s, spin_s)
             frames, at = [], 0
             for member, size in zip(merged["headers"], merged["sizes"], strict=True):
@@ -163,26 +164,26 @@ class Links:
         frames = [(header, blob)]
         frames += [self._recv(member, deadline, timeout_s, spin_s) for member in self.ranks[1:]]
         merged = {"headers": [h for h, _ in frames], "sizes": [len(b) for _, b in frames]}
-        payload = b"".join(b for _, b in frames)
+        data = frame(merged, b"".join(b for _, b in frames))
         for member in self.ranks[1:]:
-            self._send(member, merged, payload)
+            self._send(member, data)
         return frames
 
-    def _send(self, member: int, header: dict[str, Any], blob: bytes) -> None:
+    def _send(self, member: int, data: bytes) -> None:
         try:
             self.data[member].settimeout(None)
-            send_frame(self.data[member], header, blob)
+            self.data[member].sendall(data)
         except OSError:
             raise PeerGone(member) from None
 
     def _recv(self, member: int, deadline: float, timeout_s: float, spin_s: float) -> Frame:
         sock = self.data[member]
-        spin(sock, spin_s)
         # Poll first: a timeout in the middle of a frame would lose the stream.
-        poller = select.poll()
-        poller.register(sock, select.POLLIN)
-        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise LinkTimeout(member, timeout_s)
+        if not spin(sock, spin_s):
+            poller = select.poll()
+            poller.register(sock, select.POLLIN)
+            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise LinkTimeout(member, timeout_s)
         try:
             sock.settimeout(None)
             return recv_frame(sock)
@@ -195,7 +196,7 @@ class Links:
             if member != skip:
                 try:
                     sock.settimeout(1.0)
-                    send_frame(sock, header)
+                    sock.sendall(frame(header))
                 except OSError:
                     continue
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from spmd_engine.channel import LinkAddress
-from spmd_engine.links import Links, LinkTimeout, PeerGone, listen, recv_frame, send_frame
+from spmd_engine.links import Links, LinkTimeout, PeerGone, frame, listen, recv_frame
 
 
 def address(ranks, token="secret", host="127.0.0.1"):
@@ -73,7 +73,7 @@ def test_strangers_are_turned_away():
     target = (addresses[0].host, addresses[0].port)
     for hello in ({"token": "wrong", "rank": 1, "lane": "data"}, {"token": "secret", "rank": 9, "lane": "data"}, [1]):
         with socket.create_connection(target) as stranger:
-            send_frame(stranger, hello)  # type: ignore[arg-type]
+            stranger.sendall(frame(hello))  # type: ignore[arg-type]
             stranger.settimeout(10.0)
             assert stranger.recv(1) == b""
     with socket.create_connection(target) as stranger:  # a frame that claims to be huge
