@@ -24,11 +24,26 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class FlatShard:
+    """The weight is a part of a flat buffer that is cut into equal chunks along this mesh dimension, as FSDP1 does it.
+
+    Every rank holds an interval of the flattened weight, or nothing. The other mesh dimensions can only replicate.
+
+    Attributes:
+        offset: where the weight starts in the buffer, elements.
+        chunk: elements of one chunk; paddings are counted like everything else.
+    """
+
+    offset: int
+    chunk: int
+
+
+@dataclass(frozen=True)
 class Replicate:
     """Every rank along this mesh dimension has all of it."""
 
 
-Placement = Shard | Replicate
+Placement = Shard | FlatShard | Replicate
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,10 @@ class SourceLayout:
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a weight and the ranks that hold it, each as one contiguous tensor of the box's size."""
+    """A box of a weight and the ranks that hold it, each as one contiguous tensor of the box's size.
+
+    The box has the dimensions of `boxed_shape`. The ranks are in the order of the replicas that the mesh has.
+    """
 
     box: Box
     ranks: tuple[int, ...]
@@ -116,29 +134,46 @@ def chunk(extent: int, parts: int, index: int) -> tuple[int, int]:
     return start, min(extent, start + size) - start
 
 
+def boxed_shape(shape: Shape, placements: tuple[Placement, ...]) -> Shape:
+    """The shape whose boxes the ranks hold: a weight's own, or that of the flattened weight."""
+    return (math.prod(shape),) if any(isinstance(p, FlatShard) for p in placements) else shape
+
+
 @lru_cache(maxsize=65536)
 def pieces(shape: Shape, mesh: Mesh, placements: tuple[Placement, ...]) -> tuple[Piece, ...]:
-    """The pieces that the ranks of `mesh` hold, without empty ones.
-
-    Placements apply in the order of the mesh dimensions, so a dimension that is sharded twice is cut twice.
-    """
+    """The pieces that the ranks of `mesh` hold, without empty ones."""
     holders: dict[Box, list[int]] = {}
     for rank, coordinates in zip(mesh.ranks, product(*(range(n) for n in mesh.shape)), strict=True):
-        start, size = [0] * len(shape), list(shape)
-        for placement, extent, index in zip(placements, mesh.shape, coordinates, strict=True):
-            if isinstance(placement, Shard):
-                begin, length = chunk(size[placement.dim], extent, index)
-                start[placement.dim] += begin
-                size[placement.dim] = length
-        box = Box(tuple(start), tuple(size))
+        box = _box(shape, mesh, placements, coordinates)
         if box.elements:
             holders.setdefault(box, []).append(rank)
     return tuple(Piece(box, tuple(ranks)) for box, ranks in holders.items())
 
 
-def local_shape(shape: Shape, mesh: Mesh, placements: tuple[Placement, ...], rank: int) -> Shape:
-    """Shape of the piece that `rank` holds; with a zero extent if it holds nothing."""
-    for piece in pieces(shape, mesh, placements):
-        if rank in piece.ranks:
-            return piece.box.size
-    return tuple(0 if any(isinstance(p, Shard) and p.dim == d for p in placements) else n for d, n in enumerate(shape))
+def local_box(shape: Shape, mesh: Mesh, placements: tuple[Placement, ...], rank: int) -> Box:
+    """The box that `rank` holds; with a zero extent if it holds nothing."""
+    if rank not in mesh.ranks:
+        nothing = (0,) * len(boxed_shape(shape, placements))
+        return Box(nothing, nothing)
+    return _box(shape, mesh, placements, _coordinates(mesh, rank))
+
+
+def _box(shape: Shape, mesh: Mesh, placements: tuple[Placement, ...], coordinates: Shape) -> Box:
+    """Placements apply in the order of the mesh dimensions: a dimension that is sharded twice is cut twice."""
+    whole = boxed_shape(shape, placements)
+    start, size = [0] * len(whole), list(whole)
+    for placement, extent, index in zip(placements, mesh.shape, coordinates, strict=True):
+        if isinstance(placement, Shard):
+            begin, length = chunk(size[placement.dim], extent, index)
+            start[placement.dim] += begin
+            size[placement.dim] = length
+        elif isinstance(placement, FlatShard):
+            first = index * placement.chunk - placement.offset
+            begin, end = (min(max(at, 0), whole[0]) for at in (first, first + placement.chunk))
+            start[0], size[0] = begin, end - begin
+    return Box(tuple(start), tuple(size))
+
+
+def _coordinates(mesh: Mesh, rank: int) -> Shape:
+    number = mesh.ranks.index(rank)
+    return tuple(number // stride % n for stride, n in zip(contiguous_strides(mesh.shape), mesh.shape, strict=True))

@@ -19,7 +19,17 @@ import numpy as np
 
 from spmd_engine._native import BLOCK_COPY_DTYPE, ElementType
 from spmd_engine.errors import PlanError
-from spmd_engine.layout import ITEM_SIZE, Box, Piece, Shape, SourceLayout, Weight, contiguous_strides, pieces
+from spmd_engine.layout import (
+    ITEM_SIZE,
+    Box,
+    Piece,
+    Shape,
+    SourceLayout,
+    Weight,
+    boxed_shape,
+    contiguous_strides,
+    pieces,
+)
 
 ELEMENT_TYPE = {"float32": ElementType.F32, "float16": ElementType.F16, "bfloat16": ElementType.BF16}
 
@@ -120,8 +130,9 @@ def build_plan(
         _check_view(copy, weight)
         want = math.prod(copy.sizes)
         found = 0
+        shape = boxed_shape(weight.shape, weight.placements)
         for piece in _pieces_of(weight, layout, rank):
-            for offset, block in _intersect(copy, piece, weight.shape):
+            for offset, block in _intersect(copy, piece, shape):
                 source = min(piece.ranks, key=lambda r: (r != rank, r))
                 for row in _rows(copy, weight, offset, block):
                     rows.append(row)
@@ -152,7 +163,7 @@ def _holders(weight: Weight, layout: SourceLayout) -> str:
 
 
 def _intersect(copy: RecordedCopy, piece: Piece, shape: Shape) -> list[Part]:
-    """The parts of a recorded copy inside a piece."""
+    """The parts of a recorded copy inside a piece, a box of `shape`."""
     axes, cuts = _merge_axes(shape, piece.box)
     local = _axis_strides(piece, cuts)
     found: list[Part] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -10,15 +11,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from spmd_engine import fsdp1
 from spmd_engine.errors import PlanError
-from spmd_engine.layout import Mesh, Placement, Replicate, Shard, SourceLayout, Weight, local_shape
+from spmd_engine.layout import Mesh, Placement, Replicate, Shard, SourceLayout, Weight, local_box
+from spmd_engine.names import checkpoint_names
 from spmd_engine.probe import Probe
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 # (name, tensor, whether the engine may ignore it)
-Item = tuple[str, torch.Tensor, bool]
+Item = tuple[str, torch.Tensor | fsdp1.FlatWeight, bool]
+Located = tuple[torch.Tensor, Mesh | None, tuple[Placement, ...]]
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -53,10 +57,10 @@ class SourceReader:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._last: Source | None = None
-        self._probe: Probe | None = None
+        self._probe: Probe | fsdp1.FlatProbe | None = None
 
     def read(self, source: torch.nn.Module | Mapping[str, torch.Tensor]) -> Source:
-        """Describe a module (plain, or sharded by FSDP2) or a mapping from names to tensors or DTensors.
+        """Describe a module (plain, or sharded by FSDP1 or FSDP2) or a mapping from names to tensors or DTensors.
 
         Returns:
             A Source whose `layout` is the same object as the last time, if no more than values and places changed.
@@ -68,7 +72,7 @@ class SourceReader:
         if last is not None and probe is not None and probe.holds(source):
             return last
         with torch.no_grad():  # without it, DTensor.to_local() builds an autograd node
-            items = list(_named_tensors(source))
+            items = _items(source)
             if last is not None and probe is not None and probe.holds(source):  # FSDP2 had weights unsharded till now
                 return last
             self._last, self._probe = None, None
@@ -76,7 +80,7 @@ class SourceReader:
             if last is not None and described.layout == last.layout:
                 described = replace(described, layout=last.layout)
             if isinstance(source, (torch.nn.Module, dict)):
-                self._probe = Probe(source, [tensor for _, tensor, _ in items])
+                self._probe = _probe(source, items)
         self._last = replace(described, shards=())
         return described
 
@@ -91,13 +95,17 @@ def describe(items: list[Item], rank: int) -> Source:
     meshes: dict[Mesh, int] = {}
     shards: list[torch.Tensor] = []
     optional: set[str] = set()
-    seen: set[tuple[int, torch.Size]] = set()
+    seen: set[tuple[object, ...]] = set()
     devices: dict[torch.device, str] = {}
-    for name, tensor, is_buffer in items:
+    for name, tensor, is_optional in items:
         local, mesh, placements = _local(name, tensor)
+        if local.is_meta:
+            raise PlanError(f"weight {name!r} is on the meta device: it has no data to move")
+        if local.numel() and not local.data_ptr():
+            raise PlanError(f"weight {name!r} has no memory at present: bring back what was freed or off-loaded first")
         dtype = _DTYPES.get(tensor.dtype)
         if dtype is None:
-            if is_buffer:
+            if is_optional:
                 continue
             raise PlanError(
                 f"weight {name!r} is {tensor.dtype}: only float32, float16 and bfloat16 weights can be moved; "
@@ -110,14 +118,15 @@ def describe(items: list[Item], rank: int) -> Source:
         number = -1
         if mesh is not None:
             number = meshes.setdefault(mesh, len(meshes))
-            expected = local_shape(tuple(tensor.shape), mesh, placements, rank)
-            if local.numel() and tuple(local.shape) != expected:
+            expected = local_box(tuple(tensor.shape), mesh, placements, rank).size
+            if tuple(local.shape) != expected and (local.numel() or math.prod(expected)):
                 raise PlanError(
                     f"weight {name!r} {list(tensor.shape)}: rank {rank} should hold {list(expected)} by its placements "
                     f"{list(placements)}, but holds {list(local.shape)}"
                 )
-        identity = (local.data_ptr(), tensor.shape)
-        if is_buffer or (local.numel() and identity in seen):
+        # The storage tells, too, where a rank holds nothing: all ranks must find the same.
+        identity = (local.untyped_storage()._cdata, local.storage_offset(), tensor.shape)
+        if is_optional or (identity in seen and not isinstance(tensor, fsdp1.FlatWeight)):
             optional.add(name)
         seen.add(identity)
         weights.append(Weight(name, tuple(tensor.shape), dtype, number, placements))
@@ -154,14 +163,30 @@ def ranks_of(source: object) -> set[int]:
     from torch.distributed.tensor import DTensor
 
     tensors: Iterable[object] = getattr(source, "values", tuple)()
+    flat: set[int] = set()
     if isinstance(source, torch.nn.Module):
-        tensors = source.parameters()
+        tensors, flat = source.parameters(), fsdp1.ranks_of(source)
     meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
-    return {int(rank) for mesh in meshes for rank in mesh.mesh.flatten().tolist()}
+    return flat | {int(rank) for mesh in meshes for rank in mesh.mesh.flatten().tolist()}
+
+
+def _items(source: object) -> list[Item]:
+    """All tensors of a source, by their names in a checkpoint."""
+    items = list(_named_tensors(source))
+    names = checkpoint_names((name for name, _, _ in items), source)
+    return [(names[name], tensor, is_optional) for name, tensor, is_optional in items]
+
+
+def _probe(source: torch.nn.Module | dict[str, torch.Tensor], items: list[Item]) -> Probe | fsdp1.FlatProbe:
+    if isinstance(source, torch.nn.Module) and fsdp1.is_used_in(source):
+        return fsdp1.FlatProbe(source)
+    return Probe(source, [tensor for _, tensor, _ in items if isinstance(tensor, torch.Tensor)])
 
 
 def _named_tensors(source: object) -> Iterator[Item]:
-    if isinstance(source, torch.nn.Module):
+    if isinstance(source, torch.nn.Module) and fsdp1.is_used_in(source):
+        yield from fsdp1.named_weights(source)
+    elif isinstance(source, torch.nn.Module):
         persistent = source.state_dict(keep_vars=True)
         for name, tensor in persistent.items():
             if isinstance(tensor, torch.Tensor):
@@ -175,13 +200,15 @@ def _named_tensors(source: object) -> Iterator[Item]:
         raise PlanError(f"a source is an nn.Module or a mapping from names to tensors, got {type(source).__name__}")
 
 
-def _local(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Mesh | None, tuple[Placement, ...]]:
+def _local(
+    name: str, tensor: torch.Tensor | fsdp1.FlatWeight
+) -> tuple[torch.Tensor, Mesh | None, tuple[Placement, ...]]:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor import Replicate as TorchReplicate
     from torch.distributed.tensor import Shard as TorchShard
 
-    if tensor.is_meta:
-        raise PlanError(f"weight {name!r} is on the meta device: it has no data to move")
+    if isinstance(tensor, fsdp1.FlatWeight):
+        return tensor.local, tensor.mesh, tensor.placements
     if not isinstance(tensor, DTensor):
         return tensor, None, ()
     placements: list[Placement] = []

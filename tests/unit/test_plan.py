@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from spmd_engine import _native
 from spmd_engine.errors import PlanError
-from spmd_engine.layout import Mesh, Replicate, Shard, SourceLayout, Weight, contiguous_strides, pieces
+from spmd_engine.layout import (
+    FlatShard,
+    Mesh,
+    Replicate,
+    Shard,
+    SourceLayout,
+    Weight,
+    boxed_shape,
+    contiguous_strides,
+    local_box,
+    pieces,
+)
 from spmd_engine.plan import RecordedCopy, build_plan
 
 CASES = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -25,22 +36,35 @@ def layouts(draw):
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     mesh_shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2)))
     ranks = tuple(draw(st.permutations(range(math.prod(mesh_shape)))))
-    placements = tuple(
-        draw(st.one_of(st.just(Replicate()), st.builds(Shard, st.integers(0, len(shape) - 1)))) for _ in mesh_shape
-    )
+    if draw(st.integers(0, 3)):
+        kinds = st.one_of(st.just(Replicate()), st.builds(Shard, st.integers(0, len(shape) - 1)))
+        placements = tuple(draw(kinds) for _ in mesh_shape)
+    else:
+        offset, rest = draw(st.integers(0, 20)), draw(st.integers(0, 20))
+        cut = draw(st.integers(0, len(mesh_shape) - 1))
+        chunk = -(-(offset + math.prod(shape) + rest) // mesh_shape[cut])
+        placements = tuple(FlatShard(offset, chunk) if d == cut else Replicate() for d in range(len(mesh_shape)))
     dtype = draw(st.sampled_from(list(DTYPES)))
     weight = Weight("w", shape, dtype, 0, placements)
     return SourceLayout((weight,), (Mesh(mesh_shape, ranks),))
 
 
 def scatter(layout: SourceLayout, full: torch.Tensor) -> dict[int, torch.Tensor]:
-    """The shard of every rank, as FSDP would hold it."""
-    mesh = layout.meshes[0]
-    shards = {rank: torch.empty(0, dtype=full.dtype) for rank in mesh.ranks}
-    for piece in pieces(layout.weights[0].shape, mesh, layout.weights[0].placements):
-        at = tuple(slice(s, s + n) for s, n in zip(piece.box.start, piece.box.size, strict=True))
-        for rank in piece.ranks:
-            shards[rank] = full[at].contiguous()
+    """The shard of every rank, as torch would cut it."""
+    mesh, placements = layout.meshes[0], layout.weights[0].placements
+    shards = {}
+    for number, rank in enumerate(mesh.ranks):
+        shard = full
+        for placement, extent, index in zip(placements, mesh.shape, np.unravel_index(number, mesh.shape), strict=True):
+            if isinstance(placement, Shard):
+                chunks = shard.chunk(extent, placement.dim)
+                shard = chunks[index] if index < len(chunks) else shard.narrow(placement.dim, 0, 0)
+            elif isinstance(placement, FlatShard):
+                numbers = torch.full((extent * placement.chunk,), -1)
+                numbers[placement.offset :][: full.numel()] = torch.arange(full.numel())
+                held = numbers.chunk(extent)[index]
+                shard = full.flatten()[held[held >= 0]]
+        shards[rank] = shard.contiguous()
     return shards
 
 
@@ -129,15 +153,19 @@ def test_any_view_into_any_parameter_matches_torch(data):
 
 @CASES
 @given(layouts())
-def test_pieces_tile_the_weight_exactly(layout):
+def test_pieces_are_what_torch_cuts(layout):
     weight, mesh = layout.weights[0], layout.meshes[0]
-    count = np.zeros(weight.shape, dtype=int)
-    holders = set()
+    shape = boxed_shape(weight.shape, weight.placements)
+    full = torch.arange(math.prod(shape)).view(shape)
+    shards = scatter(layout, full.view(weight.shape))
+    found = {rank: full.new_empty(0) for rank in mesh.ranks}
     for piece in pieces(weight.shape, mesh, weight.placements):
-        count[tuple(slice(s, s + n) for s, n in zip(piece.box.start, piece.box.size, strict=True))] += 1
-        holders |= set(piece.ranks)
-    assert (count == 1).all()
-    assert holders <= set(mesh.ranks)
+        at = tuple(slice(s, s + n) for s, n in zip(piece.box.start, piece.box.size, strict=True))
+        found.update(dict.fromkeys(piece.ranks, full[at]))
+    for rank in mesh.ranks:
+        box = local_box(weight.shape, mesh, weight.placements, rank)
+        assert box.size == shards[rank].shape
+        assert torch.equal(found[rank].flatten(), shards[rank].flatten())
 
 
 @pytest.mark.parametrize(("extent", "parts"), [(10, 4), (3, 4), (1, 2), (7, 7), (8, 3)])

@@ -1,0 +1,235 @@
+"""The trainers that `update_weights` understands: what every rank holds, against what torch says."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from integration.scenarios.common import greedy
+from spmd_engine.errors import PlanError
+from spmd_engine.layout import boxed_shape, local_box
+from spmd_engine.sources import SourceReader
+from spmd_engine.updates import _plain
+
+CPU = torch.device("cpu")
+HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width, bias=False)
+        self.norm = nn.BatchNorm1d(width, track_running_stats=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.norm(self.down(self.up(x).relu()))
+
+
+class Model(nn.Module):
+    """An embedding, blocks, and a head that may be tied to the embedding."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = random.Random(seed)
+        torch.manual_seed(seed)
+        width, vocabulary = draw.randint(1, 9), draw.randint(2, 13)
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width, draw.randint(1, 11)) for _ in range(draw.randint(1, 3)))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if draw.random() < 0.5:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All whole weights of a plain model, copied."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def check_shards(
+    context: Any, module: nn.Module, full: dict[str, torch.Tensor], reader: SourceReader | None = None
+) -> set[str]:
+    """The memory that a source names holds the boxes of `full` that its layout says; returns the optional names."""
+    source = (reader or SourceReader(context.rank)).read(module)
+    described: list[Any] = [None] * context.world
+    dist.all_gather_object(described, [_plain(source.layout), sorted(source.optional)])
+    assert all(other == described[0] for other in described), described
+    wanted = {name for name, tensor in full.items() if tensor.is_floating_point()}
+    assert {weight.name for weight in source.layout.weights} == wanted
+    for weight, address in zip(source.layout.weights, source.addresses.tolist(), strict=True):
+        whole = full[weight.name]
+        assert (weight.shape, weight.dtype) == (tuple(whole.shape), str(whole.dtype).removeprefix("torch."))
+        if weight.mesh >= 0:
+            box = local_box(weight.shape, source.layout.meshes[weight.mesh], weight.placements, context.rank)
+            at = tuple(slice(start, start + size) for start, size in zip(box.start, box.size, strict=True))
+            whole = whole.reshape(boxed_shape(weight.shape, weight.placements))[at]
+        expected = whole.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        assert (ctypes.string_at(address, len(expected)) if expected else b"") == expected, weight
+    return set(source.optional)
+
+
+def unsharded(module: FSDP) -> dict[str, torch.Tensor]:
+    """What FSDP itself gathers."""
+    with FSDP.summon_full_params(module, writeback=False):
+        return {
+            name.replace("_fsdp_wrapped_module.", ""): t.detach().clone() for name, t in module.state_dict().items()
+        }
+
+
+def fsdp1(context: Any) -> None:
+    """Every strategy, with original parameters and without, through the states of a training step."""
+    for seed in range(24):
+        draw = random.Random(seed)
+        strategy = draw.choice(list(ShardingStrategy))
+        model = Model(seed)
+        full, tied = values(model), model.head.weight is model.embed.weight
+        mesh = (2, 2) if strategy in HYBRID else (context.world,)
+        kwargs: dict[str, Any] = {
+            "sharding_strategy": strategy,
+            "use_orig_params": draw.random() < 0.5,
+            "auto_wrap_policy": ModuleWrapPolicy(
+                draw.choice([{Block}, {Block, nn.BatchNorm1d}, set() if tied else {nn.Linear}, set()])
+            ),
+            "device_id": CPU,
+            "device_mesh": init_device_mesh("cpu", mesh),
+        }
+        if draw.random() < 0.5:
+            kwargs["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16)
+        trainer = FSDP(model, **kwargs)
+        reader = SourceReader(context.rank)
+        assert ("head.weight" in check_shards(context, trainer, full, reader)) == tied
+        unchanged = reader.read(trainer)
+        tokens = torch.tensor([0, 1, 1])
+        trainer.eval()
+        with torch.no_grad():
+            trainer(tokens)
+        check_shards(context, trainer, full, reader)
+        optimizer = torch.optim.AdamW(trainer.parameters(), lr=0.1)
+        loss = trainer(tokens).float().square().sum()
+        check_shards(context, trainer, full, reader)  # some units are unsharded between forward and backward
+        loss.backward()
+        check_shards(context, trainer, full, reader)
+        optimizer.step()
+        optimizer.zero_grad()
+        stepped = unsharded(trainer)
+        assert not torch.equal(stepped["embed.weight"], full["embed.weight"])
+        check_shards(context, trainer, stepped, reader)
+        assert reader.read(trainer) is unchanged  # through all of it, without a new description
+        handle = trainer._handle
+        handle.flat_param_to("cpu", copy=True)  # as off-loading and bringing back does
+        handle.flat_param._local_shard = handle.flat_param.data
+        check_shards(context, trainer, stepped, reader)
+        assert reader.read(trainer) is not unchanged
+    fsdp1_refusals(context)
+
+
+def fsdp1_refusals(context: Any) -> None:
+    reader = SourceReader(context.rank)
+    for original in (False, True):
+        trainer = FSDP(Model(1), use_orig_params=original, device_id=CPU)
+        trainer(torch.tensor([0, 1, 1])).sum().backward()
+        reader.read(trainer)
+        with FSDP.summon_full_params(trainer):
+            with pytest.raises(PlanError, match=r"'embed.weight'.*summon_full_params.*after leaving it"):
+                reader.read(trainer)
+        reader.read(trainer)
+        flat = trainer._handle.flat_param
+        if original:
+            kept = trainer._handle.flat_param._params[0]
+            if kept.numel():
+                kept.data = kept.data.clone()
+                with pytest.raises(PlanError, match=r"'embed.weight' was given new .data"):
+                    reader.read(trainer)
+        else:
+            flat.data = flat.data.clone()
+            with pytest.raises(PlanError, match=r"'embed.weight'.*set flat_param._local_shard"):
+                reader.read(trainer)
+            flat._local_shard = flat.data
+            reader.read(trainer)
+    turned = nn.Linear(3, 4)
+    turned.weight = nn.Parameter(torch.randn(3, 4).t())
+    with pytest.raises(PlanError, match="'weight' was not contiguous"):
+        reader.read(FSDP(turned, device_id=CPU))
+
+
+# ---- into a running engine ----
+
+
+def layers_of(model: nn.Module) -> ModuleWrapPolicy:
+    return ModuleWrapPolicy({type(model.model.layers[0])})
+
+
+def fsdp1_full(context: Any, model: nn.Module) -> nn.Module:
+    return FSDP(model, auto_wrap_policy=layers_of(model), device_id=CPU)
+
+
+def fsdp1_hybrid(context: Any, model: nn.Module) -> nn.Module:
+    mesh, strategy = init_device_mesh("cpu", (2, 2)), ShardingStrategy.HYBRID_SHARD
+    policy = layers_of(model)
+    return FSDP(
+        model,
+        sharding_strategy=strategy,
+        auto_wrap_policy=policy,
+        device_mesh=mesh,
+        use_orig_params=True,
+        device_id=CPU,
+    )
+
+
+KINDS = [fsdp1_full, fsdp1_hybrid]
+
+
+def update(context: Any, name: str, path: str, tp: int) -> dict[str, Any]:
+    """One engine that gets the same weights from trainers of all kinds, and other weights in between."""
+    other = models.make_model(name, seed=3)
+    with context.engine(path, tp) as engine:
+        engine.update_weights(models.make_model(name, seed=2))
+        expected = engine.weight_checksums()
+        for kind in KINDS:
+            engine.update_weights(other)
+            assert engine.weight_checksums() != expected, kind
+            trainer = kind(context, models.make_model(name, seed=2))
+            first = engine.update_weights(trainer, verify=True)
+            assert first.planned and first.wrong_elements == 0 and first.fallback_weights == (), kind
+            assert engine.weight_checksums() == expected, kind
+            assert not engine.update_weights(trainer).planned, kind
+        tokens = greedy(engine)
+        stepped(context, engine, name)
+        return {"checksums": expected, "tokens": tokens}
+
+
+def stepped(context: Any, engine: Any, name: str) -> None:
+    """float32 masters in FSDP1, stepped by an optimizer, arrive as FSDP itself gathers them."""
+    model = models.make_model(name, seed=2, dtype=torch.float32)
+    policy, precision = layers_of(model), MixedPrecision(param_dtype=torch.bfloat16)
+    trainer = FSDP(model, auto_wrap_policy=policy, mixed_precision=precision, use_orig_params=True, device_id=CPU)
+    engine.update_weights(trainer)
+    before = engine.weight_checksums()
+    optimizer = torch.optim.AdamW(trainer.parameters(), lr=0.01)
+    trainer(torch.tensor([[1, 2, 3, 4]])).logits.float().square().mean().backward()
+    optimizer.step()
+    update = engine.update_weights(trainer, verify=True)
+    assert not update.planned and update.wrong_elements == 0
+    after = engine.weight_checksums()
+    assert after != before
+    whole = unsharded(trainer)
+    del whole["lm_head.weight"]  # tied: a copy is a weight of its own, which the engine does not know
+    engine.update_weights(whole)
+    assert engine.weight_checksums() == after

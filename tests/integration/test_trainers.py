@@ -1,0 +1,16 @@
+"""The ways of sharding that `update_weights` understands, on real ranks."""
+
+from __future__ import annotations
+
+from integration.jobs import run_job
+
+
+def test_fsdp1_shards_are_where_their_layout_says(tmp_path):
+    run_job("trainers.fsdp1", 4, tmp_path)
+
+
+def test_every_kind_of_trainer_fills_an_engine_bit_for_bit(tmp_path, checkpoint, reference):
+    job = run_job("trainers.update", 4, tmp_path, name="llama", path=checkpoint("llama", 1), tp=2)
+    expected = reference("llama", 2, True)
+    for rank, value in enumerate(job.values):
+        assert value == expected[rank % 2]
