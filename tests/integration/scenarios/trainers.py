@@ -112,6 +112,8 @@ def fsdp1(context: Any) -> None:
         }
         if draw.random() < 0.5:
             kwargs["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16)
+        if kwargs["use_orig_params"]:
+            model.blocks[0].requires_grad_(False)  # frozen weights move like others
         trainer = FSDP(model, **kwargs)
         reader = SourceReader(context.rank)
         assert ("head.weight" in check_shards(context, trainer, full, reader)) == tied
