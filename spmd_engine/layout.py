@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import combinations, product
 
 Shape = tuple[int, ...]
 # Element sizes in bytes of the dtypes that a weight may have, by torch's name without "torch.".
@@ -19,6 +19,17 @@ ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 @dataclass(frozen=True)
 class Shard:
     """Dimension `dim` is cut along this mesh dimension as torch.chunk cuts it: late ranks may have less, or nothing."""
+
+    dim: int
+
+
+@dataclass(frozen=True)
+class StridedShard:
+    """Like `Shard`, but cut after all later mesh dimensions have cut theirs, as FSDP2 cuts what is tensor-parallel.
+
+    It is torch's `_StridedShard(dim, split_factor)` where `split_factor` is the number of parts that the later mesh
+    dimensions make of `dim`.
+    """
 
     dim: int
 
@@ -43,7 +54,7 @@ class Replicate:
     """Every rank along this mesh dimension has all of it."""
 
 
-Placement = Shard | FlatShard | Replicate
+Placement = Shard | StridedShard | FlatShard | Replicate
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ class SourceLayout:
 class Piece:
     """A box of a weight and the ranks that hold it, each as one contiguous tensor of the box's size.
 
-    The box has the dimensions of `boxed_shape`. The ranks are in the order of the replicas that the mesh has.
+    The box has the dimensions of `boxed_shape`. There is one rank for each replica that the mesh has, in their order.
     """
 
     box: Box
@@ -159,11 +170,12 @@ def local_box(shape: Shape, mesh: Mesh, placements: tuple[Placement, ...], rank:
 
 
 def _box(shape: Shape, mesh: Mesh, placements: tuple[Placement, ...], coordinates: Shape) -> Box:
-    """Placements apply in the order of the mesh dimensions: a dimension that is sharded twice is cut twice."""
+    """Placements apply one after the other: a dimension that is sharded twice is cut twice."""
     whole = boxed_shape(shape, placements)
     start, size = [0] * len(whole), list(whole)
-    for placement, extent, index in zip(placements, mesh.shape, coordinates, strict=True):
-        if isinstance(placement, Shard):
+    for d in _order(placements):
+        placement, extent, index = placements[d], mesh.shape[d], coordinates[d]
+        if isinstance(placement, (Shard, StridedShard)):
             begin, length = chunk(size[placement.dim], extent, index)
             start[placement.dim] += begin
             size[placement.dim] = length
@@ -172,6 +184,48 @@ def _box(shape: Shape, mesh: Mesh, placements: tuple[Placement, ...], coordinate
             begin, end = (min(max(at, 0), whole[0]) for at in (first, first + placement.chunk))
             start[0], size[0] = begin, end - begin
     return Box(tuple(start), tuple(size))
+
+
+def _order(placements: tuple[Placement, ...]) -> list[int]:
+    """Mesh dimensions in the order in which their placements apply: from the first, but strided ones afterwards."""
+    order: list[int] = []
+    for d in reversed(range(len(placements))):
+        order.insert(len(order) if isinstance(placements[d], StridedShard) else 0, d)
+    return order
+
+
+def replica_of(mesh: Mesh, placements: tuple[Placement, ...], rank: int) -> int:
+    """Number of the replica that `rank` belongs to, among those that the mesh has; for a rank outside any number."""
+    if rank not in mesh.ranks:
+        return rank
+    replica = 0
+    for placement, extent, index in zip(placements, mesh.shape, _coordinates(mesh, rank), strict=True):
+        if isinstance(placement, Replicate):
+            replica = replica * extent + index
+    return replica
+
+
+def spread(mesh: Mesh, placements: tuple[Placement, ...], over: Mesh, rank: int) -> tuple[Placement, ...] | None:
+    """The placements over a larger mesh of a weight whose own mesh is one row of it, replicated along the others.
+
+    Args:
+        mesh, placements: of the weight, as `rank` sees it.
+        over: the larger mesh.
+        rank: the rank that sees it so.
+
+    Returns:
+        None if `mesh` is not the part of `over` along some of its dimensions that `rank` is in.
+    """
+    if rank not in over.ranks:
+        return None
+    here, strides = _coordinates(over, rank), contiguous_strides(over.shape)
+    for kept in combinations(range(len(over.shape)), len(mesh.shape)):
+        free = [range(n) if d in kept else (here[d],) for d, n in enumerate(over.shape)]
+        part = [over.ranks[sum(i * s for i, s in zip(at, strides, strict=True))] for at in product(*free)]
+        if tuple(part) == mesh.ranks and tuple(over.shape[d] for d in kept) == mesh.shape:
+            along = dict(zip(kept, placements, strict=True))
+            return tuple(along.get(d, Replicate()) for d in range(len(over.shape)))
+    return None
 
 
 def _coordinates(mesh: Mesh, rank: int) -> Shape:

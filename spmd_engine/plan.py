@@ -29,6 +29,7 @@ from spmd_engine.layout import (
     boxed_shape,
     contiguous_strides,
     pieces,
+    replica_of,
 )
 
 ELEMENT_TYPE = {"float32": ElementType.F32, "float16": ElementType.F16, "bfloat16": ElementType.BF16}
@@ -113,7 +114,9 @@ def build_plan(
     Args:
         layout: what the trainer holds.
         copies: what the engine of `rank` wants.
-        rank: the global rank that copies. Of several ranks that hold a piece it prefers itself, then the lowest.
+        rank: the global rank that copies. It reads in the replica of the weights that it belongs to, where it may hold
+            a piece itself, so that ranks of all replicas together read all of them alike. A rank that holds no weights
+            reads in the replica that its number gives.
 
     Raises:
         PlanError: a weight is missing, or a box of it is held by no rank.
@@ -131,9 +134,10 @@ def build_plan(
         want = math.prod(copy.sizes)
         found = 0
         shape = boxed_shape(weight.shape, weight.placements)
+        replica = 0 if weight.mesh < 0 else replica_of(layout.meshes[weight.mesh], weight.placements, rank)
         for piece in _pieces_of(weight, layout, rank):
             for offset, block in _intersect(copy, piece, shape):
-                source = min(piece.ranks, key=lambda r: (r != rank, r))
+                source = piece.ranks[replica % len(piece.ranks)]
                 for row in _rows(copy, weight, offset, block):
                     rows.append(row)
                     sources.append(source)

@@ -13,12 +13,23 @@ import torch
 
 from spmd_engine import fsdp1
 from spmd_engine.errors import PlanError
-from spmd_engine.layout import Mesh, Placement, Replicate, Shard, SourceLayout, Weight, local_box
+from spmd_engine.layout import (
+    Mesh,
+    Placement,
+    Replicate,
+    Shard,
+    SourceLayout,
+    StridedShard,
+    Weight,
+    local_box,
+    spread,
+)
 from spmd_engine.names import checkpoint_names
 from spmd_engine.probe import Probe
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 # (name, tensor, whether the engine may ignore it)
 Item = tuple[str, torch.Tensor | fsdp1.FlatWeight, bool]
@@ -97,8 +108,9 @@ def describe(items: list[Item], rank: int) -> Source:
     optional: set[str] = set()
     seen: set[tuple[object, ...]] = set()
     devices: dict[torch.device, str] = {}
-    for name, tensor, is_optional in items:
-        local, mesh, placements = _local(name, tensor)
+    located = [_local(name, tensor) for name, tensor, _ in items]
+    for (name, tensor, is_optional), place in zip(items, _over_one_mesh(located, rank), strict=True):
+        local, mesh, placements = place
         if local.is_meta:
             raise PlanError(f"weight {name!r} is on the meta device: it has no data to move")
         if local.numel() and not local.data_ptr():
@@ -206,23 +218,56 @@ def _local(
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor import Replicate as TorchReplicate
     from torch.distributed.tensor import Shard as TorchShard
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     if isinstance(tensor, fsdp1.FlatWeight):
         return tensor.local, tensor.mesh, tensor.placements
     if not isinstance(tensor, DTensor):
         return tensor, None, ()
     placements: list[Placement] = []
-    for placement in tensor.placements:
+    for mesh_dim, placement in enumerate(tensor.placements):
         if type(placement) is TorchShard:
             placements.append(Shard(placement.dim % tensor.ndim))
         elif type(placement) is TorchReplicate:
             placements.append(Replicate())
+        elif type(placement) is _StridedShard and (
+            int(placement.split_factor) == _parts_after(tensor, mesh_dim, placement.dim)
+        ):
+            placements.append(StridedShard(placement.dim % tensor.ndim))
         else:
             raise PlanError(
                 f"weight {name!r} has the placement {placement}, which is not supported; "
                 "redistribute it to Shard or Replicate first"
             )
     return tensor.to_local(), _mesh(tensor.device_mesh), tuple(placements)
+
+
+def _parts_after(tensor: DTensor, mesh_dim: int, dim: int) -> int:
+    """Into how many parts the mesh dimensions after `mesh_dim` cut dimension `dim`."""
+    later = list(enumerate(tensor.placements))[mesh_dim + 1 :]
+    wanted = (dim % tensor.ndim, dim % tensor.ndim - tensor.ndim)
+    return math.prod(tensor.device_mesh.size(d) for d, p in later if getattr(p, "dim", None) in wanted)
+
+
+def _over_one_mesh(located: list[Located], rank: int) -> list[Located]:
+    """The same with weights on rows of the largest mesh described over all of it.
+
+    Where some weights are tensor-parallel, FSDP2 knows of the others only the row of the mesh that this rank is in.
+    What lies on the whole mesh shows that its rows train one model.
+    """
+    meshes = {mesh for _, mesh, _ in located if mesh is not None}
+    size = max((len(mesh.ranks) for mesh in meshes), default=0)
+    largest = sorted((mesh for mesh in meshes if len(mesh.ranks) == size), key=lambda mesh: (mesh.shape, mesh.ranks))
+    result: list[Located] = []
+    for local, mesh, placements in located:
+        if mesh is not None and len(mesh.ranks) < size:
+            for over in largest:
+                wider = spread(mesh, placements, over, rank)
+                if wider is not None:
+                    mesh, placements = over, wider
+                    break
+        result.append((local, mesh, placements))
+    return result
 
 
 @lru_cache(maxsize=64)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from integration.jobs import run_job
 
 
-def test_fsdp1_shards_are_where_their_layout_says(tmp_path):
-    run_job("trainers.fsdp1", 4, tmp_path)
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_shards_are_where_their_layout_says(tmp_path, kind):
+    run_job(f"trainers.{kind}", 4, tmp_path)
 
 
 def test_every_kind_of_trainer_fills_an_engine_bit_for_bit(tmp_path, checkpoint, reference):

@@ -9,20 +9,25 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from spmd_engine import _native
 from spmd_engine.errors import PlanError
 from spmd_engine.layout import (
+    ITEM_SIZE,
     FlatShard,
     Mesh,
     Replicate,
     Shard,
     SourceLayout,
+    StridedShard,
     Weight,
     boxed_shape,
     contiguous_strides,
     local_box,
     pieces,
+    replica_of,
+    spread,
 )
 from spmd_engine.plan import RecordedCopy, build_plan
 
@@ -37,7 +42,8 @@ def layouts(draw):
     mesh_shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2)))
     ranks = tuple(draw(st.permutations(range(math.prod(mesh_shape)))))
     if draw(st.integers(0, 3)):
-        kinds = st.one_of(st.just(Replicate()), st.builds(Shard, st.integers(0, len(shape) - 1)))
+        dims = st.integers(0, len(shape) - 1)
+        kinds = st.one_of(st.just(Replicate()), st.builds(Shard, dims), st.builds(StridedShard, dims))
         placements = tuple(draw(kinds) for _ in mesh_shape)
     else:
         offset, rest = draw(st.integers(0, 20)), draw(st.integers(0, 20))
@@ -55,8 +61,11 @@ def scatter(layout: SourceLayout, full: torch.Tensor) -> dict[int, torch.Tensor]
     shards = {}
     for number, rank in enumerate(mesh.ranks):
         shard = full
-        for placement, extent, index in zip(placements, mesh.shape, np.unravel_index(number, mesh.shape), strict=True):
-            if isinstance(placement, Shard):
+        cuts = list(zip(placements, mesh.shape, np.unravel_index(number, mesh.shape), strict=True))
+        # FSDP2 cuts what tensor parallelism has left: its mesh dimensions come first and its cuts last.
+        strided = [cut for cut in cuts if isinstance(cut[0], StridedShard)]
+        for placement, extent, index in [cut for cut in cuts if cut not in strided] + strided[::-1]:
+            if isinstance(placement, (Shard, StridedShard)):
                 chunks = shard.chunk(extent, placement.dim)
                 shard = chunks[index] if index < len(chunks) else shard.narrow(placement.dim, 0, 0)
             elif isinstance(placement, FlatShard):
@@ -177,17 +186,67 @@ def test_uneven_shards_are_torch_chunks(extent, parts):
     assert found == {i: (int(c[0]), len(c)) for i, c in enumerate(chunks)}
 
 
+@given(st.integers(1, 24), st.integers(1, 5), st.integers(1, 4))
+@CASES
+def test_strided_shards_that_look_like_fsdp2s_are(size, data, tensor):
+    """torch reads `[_StridedShard(0, tensor), Shard(0)]` from left to right, FSDP2 cuts from right to left.
+
+    Uneven parts may differ then, but never on a row of the mesh whose ranks all hold what FSDP2 would have given them.
+    """
+    mesh, placements = Mesh((data, tensor), tuple(range(data * tensor))), (StridedShard(0), Shard(0))
+    rows, _ = _StridedShard(0, split_factor=tensor)._split_tensor(torch.arange(size), data, with_padding=False)
+    for at, row in enumerate(rows):
+        chunks = [part.tolist() for part in row.chunk(tensor)]
+        theirs = [*chunks, *([[]] * (tensor - len(chunks)))]
+        boxes = [local_box((size,), mesh, placements, at * tensor + i) for i in range(tensor)]
+        ours = [list(range(box.start[0], box.start[0] + box.size[0])) for box in boxes]
+        assert ours == theirs or list(map(len, ours)) != list(map(len, theirs))
+
+
 def whole(shape, address=64, name="w", parameter="p"):
     strides = contiguous_strides(shape)
     return RecordedCopy(name, shape, 0, strides, address, strides, "float32", parameter)
 
 
-def test_own_shard_is_preferred():
+@CASES
+@given(layouts())
+def test_every_rank_reads_in_its_own_replica(layout):
+    weight, mesh = layout.weights[0], layout.meshes[0]
+    for rank in mesh.ranks:
+        plan = build_plan(layout, [whole(weight.shape)], rank=rank)
+        own = replica_of(mesh, weight.placements, rank)
+        assert {replica_of(mesh, weight.placements, int(source)) for source in plan.rank} == {own}
+        held = local_box(weight.shape, mesh, weight.placements, rank).elements
+        assert plan.local_bytes == held * ITEM_SIZE[weight.dtype]
+
+
+def test_ranks_without_weights_spread_over_the_replicas():
     layout = SourceLayout((Weight("w", (4, 4), "float32", 0, (Replicate(),)),), (Mesh((3,), (0, 1, 2)),))
-    plan = build_plan(layout, [whole((4, 4))], rank=1)
-    assert set(plan.rank) == {1} and plan.remote_bytes == 0
-    plan = build_plan(layout, [whole((4, 4))], rank=7)
-    assert set(plan.rank) == {0} and plan.local_bytes == 0
+    plans = [build_plan(layout, [whole((4, 4))], rank=rank) for rank in range(6)]
+    assert [set(plan.rank.tolist()) for plan in plans] == [{0}, {1}, {2}, {0}, {1}, {2}]
+    assert [plan.local_bytes for plan in plans] == [64, 64, 64, 0, 0, 0]
+
+
+@CASES
+@given(layouts(), st.data())
+def test_a_row_of_a_mesh_is_described_over_all_of_it(layout, data):
+    """Each rank sees its row of a mesh alone; over the whole mesh all of them give the same description."""
+    weight, over = layout.weights[0], layout.meshes[0]
+    kept = sorted(data.draw(st.sets(st.integers(0, len(over.shape) - 1), min_size=1)))
+    expected = tuple(p if d in kept else Replicate() for d, p in enumerate(weight.placements))
+    grid = np.array(over.ranks).reshape(over.shape)
+    for rank in over.ranks:
+        at = [int(i[0]) for i in np.nonzero(grid == rank)]
+        row = grid[tuple(slice(None) if d in kept else i for d, i in enumerate(at))]
+        placements = spread(
+            Mesh(row.shape, tuple(row.flatten().tolist())), tuple(weight.placements[d] for d in kept), over, rank
+        )
+        assert placements is not None
+        boxes = [local_box(weight.shape, over, p, rank) for p in (placements, expected)]
+        assert boxes[0] == boxes[1]
+        assert placements == expected or 1 in over.shape
+    assert spread(Mesh((2,), (98, 99)), (Replicate(),), over, over.ranks[0]) is None
+    assert spread(Mesh((1,), (98,)), (Replicate(),), over, 98) is None
 
 
 def test_a_row_sharded_weight_is_one_row_of_the_table():
