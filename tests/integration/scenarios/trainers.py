@@ -107,7 +107,7 @@ def fsdp1(context: Any) -> None:
         strategy = draw.choice(list(ShardingStrategy))
         model = Model(seed)
         full, tied = values(model), model.head.weight is model.embed.weight
-        mesh = (2, 2) if strategy in HYBRID else (context.world,)
+        mesh = init_device_mesh("cpu", (2, 2) if strategy in HYBRID else (context.world,))
         kwargs: dict[str, Any] = {
             "sharding_strategy": strategy,
             "use_orig_params": draw.random() < 0.5,
@@ -115,8 +115,11 @@ def fsdp1(context: Any) -> None:
                 draw.choice([{Block}, {Block, nn.BatchNorm1d}, set() if tied else {nn.Linear}, set()])
             ),
             "device_id": CPU,
-            "device_mesh": init_device_mesh("cpu", mesh),
         }
+        if strategy in HYBRID and draw.random() < 0.5:
+            kwargs["process_group"] = (mesh.get_group(1), mesh.get_group(0))
+        else:
+            kwargs["device_mesh"] = mesh
         if draw.random() < 0.5:
             kwargs["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16)
         if kwargs["use_orig_params"]:
@@ -172,6 +175,16 @@ def fsdp1_refusals(context: Any) -> None:
                 reader.read(trainer)
             flat._local_shard = flat.data
             reader.read(trainer)
+    shards, _ = dist.new_subgroups_by_enumeration([[0, 3], [1, 2]])
+    replicas, _ = dist.new_subgroups_by_enumeration([[0, 1], [2, 3]])
+    hybrid = FSDP(
+        nn.Linear(3, 4),
+        sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+        process_group=(shards, replicas),
+        device_id=CPU,
+    )
+    with pytest.raises(PlanError, match="not spaced evenly: give FSDP a two-dimensional device_mesh"):
+        reader.read(hybrid)
     turned = nn.Linear(3, 4)
     turned.weight = nn.Parameter(torch.randn(3, 4).t())
     with pytest.raises(PlanError, match="'weight' was not contiguous"):
