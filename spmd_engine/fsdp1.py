@@ -80,6 +80,7 @@ class FlatProbe:
     """Recognises a module with FSDP1 in it whose tensors are where they were, as `probe.Probe` does for others.
 
     What FSDP registers as parameters changes during a training step, so the flat parameters themselves are looked at.
+    Like the other probe it has no reference to a tensor.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -87,7 +88,7 @@ class FlatProbe:
         self._objects = list(map(weakref.ref, objects))
 
     def holds(self, source: object) -> bool:
-        """Whether `source` is the module that was seen, with the same tensors at the same addresses."""
+        """Whether `source` is the module that was seen, with tensors at the same addresses, sharded alike."""
         # While an object lives no other has its id.
         if self._objects[0]() is not source or any(reference() is None for reference in self._objects):
             return False
@@ -107,13 +108,12 @@ class FlatProbe:
             facts.append((id(child), *child._modules, *map(id, child._modules.values())))
             for name, tensor, is_buffer in _beside(child, flattened):
                 local = getattr(tensor, "_local_tensor", tensor)
-                objects += [tensor, local]
                 place = (local.data_ptr(), local.shape, local.stride(), local.dtype)
-                facts.append((id(tensor), id(local), name, is_buffer, place))
+                facts.append((name, is_buffer, place, getattr(tensor, "_spec", None)))
         for unit in _units(module):
             chunk = _current_chunk(unit, "")
-            objects.append(unit._handle.flat_param)
-            facts.append((id(unit._handle.flat_param), chunk.data_ptr(), chunk.shape, chunk.dtype))
+            objects.append(unit._handle)
+            facts.append((id(unit._handle), chunk.data_ptr(), chunk.shape, chunk.dtype))
         return facts, objects
 
 

@@ -192,15 +192,14 @@ def fsdp1_refusals(context: Any) -> None:
 
 
 def fsdp2(context: Any) -> None:
-    """HSDP, and FSDP2 over tensor parallelism, with uneven sizes; then DTensors that torch itself distributes."""
+    """FSDP2, HSDP and FSDP2 over tensor parallelism, with uneven sizes; then DTensors that torch itself distributes."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     for seed in range(24):
         draw = random.Random(seed)
         model = Model(seed)
         full, tied = values(model), model.head.weight is model.embed.weight
-        data = mesh
-        if seed % 2:
-            data = mesh["outer"]
+        data = [init_device_mesh("cpu", (4,)), mesh, mesh["outer"]][seed % 3]
+        if seed % 3 == 2:
             plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
             for block in model.blocks:
                 parallelize_module(block, mesh["inner"], {name: plan[name] for name in draw.sample(sorted(plan), 2)})
@@ -210,7 +209,7 @@ def fsdp2(context: Any) -> None:
         reader = SourceReader(context.rank)
         assert ("head.weight" in check_shards(context, model, full, reader)) == tied
         unchanged = reader.read(model)
-        assert {mesh.shape for mesh in unchanged.layout.meshes} == {(2, 2)}
+        assert [mesh.shape for mesh in unchanged.layout.meshes] == [(2, 2) if seed % 3 else (4,)]
         assert reader.read(model) is unchanged
     distributed_by_torch(context, mesh)
 
