@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -122,6 +123,7 @@ def build_plan(
         PlanError: a weight is missing, or a box of it is held by no rank.
     """
     index = {weight.name: i for i, weight in enumerate(layout.weights)}
+    held: dict[int, list[_Held]] = {}
     rows: list[tuple[int, ...]] = []
     sources: list[int] = []
     weights: list[int] = []
@@ -130,17 +132,18 @@ def build_plan(
         if number is None:
             raise PlanError(f"the engine wants weight {copy.weight!r} for {copy.parameter!r}, but the source lacks it")
         weight = layout.weights[number]
-        _check_view(copy, weight)
+        last = _check_view(copy, weight)
+        if number not in held:
+            held[number] = _held_pieces(weight, layout, rank)
         want = math.prod(copy.sizes)
         found = 0
-        shape = boxed_shape(weight.shape, weight.placements)
-        replica = 0 if weight.mesh < 0 else replica_of(layout.meshes[weight.mesh], weight.placements, rank)
-        for piece in _pieces_of(weight, layout, rank):
-            for offset, block in _intersect(copy, piece, shape):
-                source = piece.ranks[replica % len(piece.ranks)]
+        for piece in held[number]:
+            if piece.last < copy.src_offset or last < piece.first:
+                continue  # most of them, where experts are stacked
+            for offset, block in _intersect(copy, piece):
                 for row in _rows(copy, weight, offset, block):
                     rows.append(row)
-                    sources.append(source)
+                    sources.append(piece.source)
                     weights.append(number)
                 found += math.prod(dim.size for dim in block)
         if found != want:
@@ -156,20 +159,50 @@ def build_plan(
     return TransferPlan(table, ranks, np.array(weights, dtype=np.int64), local, int(moved.sum()) - local)
 
 
-def _pieces_of(weight: Weight, layout: SourceLayout, rank: int) -> Sequence[Piece]:
-    if weight.mesh < 0:
-        return (Piece(Box((0,) * len(weight.shape), weight.shape), (rank,)),)
-    return pieces(weight.shape, layout.meshes[weight.mesh], weight.placements)
+@dataclass(frozen=True)
+class _Held:
+    """A piece of a weight as the planner walks it.
+
+    Attributes:
+        source: the rank that it is read from.
+        first, last: its first and last element, numbered in the flattened weight.
+        axes: (extent, low, high) of the weight's merged axes; see `_merge_axes`.
+        strides: of those axes in the piece's own memory.
+    """
+
+    source: int
+    first: int
+    last: int
+    axes: list[tuple[int, int, int]]
+    strides: list[int]
+
+
+def _held_pieces(weight: Weight, layout: SourceLayout, rank: int) -> list[_Held]:
+    """All pieces of a weight, and for each the rank that `rank` reads it from."""
+    shape = boxed_shape(weight.shape, weight.placements)
+    everywhere: Sequence[Piece] = (Piece(Box((0,) * len(weight.shape), weight.shape), (rank,)),)
+    replica = 0
+    if weight.mesh >= 0:
+        everywhere = pieces(weight.shape, layout.meshes[weight.mesh], weight.placements)
+        replica = replica_of(layout.meshes[weight.mesh], weight.placements, rank)
+    found = []
+    for piece in everywhere:
+        axes, cuts = _merge_axes(shape, piece.box)
+        steps = contiguous_strides(tuple(extent for extent, _, _ in axes))
+        first = sum(low * step for (_, low, _), step in zip(axes, steps, strict=True))
+        last = sum((high - 1) * step for (_, _, high), step in zip(axes, steps, strict=True))
+        source = piece.ranks[replica % len(piece.ranks)]
+        found.append(_Held(source, first, last, axes, _axis_strides(piece, cuts)))
+    return found
 
 
 def _holders(weight: Weight, layout: SourceLayout) -> str:
     return "this rank" if weight.mesh < 0 else f"the mesh {list(layout.meshes[weight.mesh].ranks)}"
 
 
-def _intersect(copy: RecordedCopy, piece: Piece, shape: Shape) -> list[Part]:
-    """The parts of a recorded copy inside a piece, a box of `shape`."""
-    axes, cuts = _merge_axes(shape, piece.box)
-    local = _axis_strides(piece, cuts)
+def _intersect(copy: RecordedCopy, piece: _Held) -> list[Part]:
+    """The parts of a recorded copy inside a piece."""
+    axes, local = piece.axes, piece.strides
     found: list[Part] = []
     for view in _along_axes(_View(copy.sizes, copy.src_offset, copy.src_strides, 0, copy.dst_strides), axes):
         parts: list[Part] = [((0, view.dst_offset), [])]
@@ -281,7 +314,12 @@ def _along_axes(view: _View, axes: list[tuple[int, int, int]]) -> list[_AxisView
     return [_AxisView(origin, along, view.dst_offset)]
 
 
-def _check_view(copy: RecordedCopy, weight: Weight) -> None:
+def _check_view(copy: RecordedCopy, weight: Weight) -> int:
+    """The number, in the flattened weight, of the last element that `copy` wants.
+
+    Raises:
+        PlanError: the weight does not have all of them, or they are not different ones.
+    """
     last = copy.src_offset + sum((n - 1) * s for n, s in zip(copy.sizes, copy.src_strides, strict=True))
     if last >= math.prod(weight.shape) or any(
         s <= 0 < n - 1 for n, s in zip(copy.sizes, copy.src_strides, strict=True)
@@ -291,6 +329,7 @@ def _check_view(copy: RecordedCopy, weight: Weight) -> None:
             f"not have, or wants one several times: sizes {copy.sizes}, strides {copy.src_strides}, "
             f"offset {copy.src_offset}"
         )
+    return last
 
 
 def _clip(dims: list[_Dim], low: int, high: int) -> list[Part]:
@@ -335,7 +374,7 @@ def _rows(copy: RecordedCopy, weight: Weight, offset: tuple[int, int], block: li
     pitch = max(dims, key=lambda dim: dim.size, default=_Dim(1, 1, 0, 0))
     outer = [dim for dim in dims if dim is not pitch]
     rows: list[tuple[int, ...]] = []
-    for at in np.ndindex(*(dim.size for dim in outer)):
+    for at in product(*(range(dim.size) for dim in outer)):
         src = offset[0] + sum(i * dim.src for i, dim in zip(at, outer, strict=True))
         dst = offset[1] + sum(i * dim.dst for i, dim in zip(at, outer, strict=True))
         rows.append(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from spmd_engine.errors import PlanError
 from spmd_engine.layout import Weight
@@ -111,20 +111,29 @@ class RecordingTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        recorder = next(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, RecordingTensor)).recorder
-        return recorder.dispatch(func, args, kwargs or {})
+        inputs = _stand_ins(args, kwargs)
+        return inputs[0].recorder.dispatch(func, args, kwargs or {}, inputs)
 
 
-class _ConstantMode(TorchDispatchMode):
-    """Notes the parameters' regions that a loader fills with a constant, such as the padding of a vocabulary."""
+class _RecordingMode(TorchDispatchMode):
+    """Sees all operations of a loader: hands on those with stand-ins, and notes the regions of parameters that a
+    loader fills with a constant, such as the padding of a vocabulary.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the skipping takes longer than what it wraps
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = _stand_ins(args, kwargs)
+        if inputs:
+            return self._recorder.dispatch(func, args, kwargs or {}, inputs)
         target: Any = args[0] if args else None
-        if func in _WRITES and not any(isinstance(x, RecordingTensor) for x in args):
+        if func in _WRITES:
             parameter = self._recorder.parameter_at(target)
             if parameter is not None:
                 self._recorder.recording.constants.append(_region(target))
@@ -170,7 +179,7 @@ class Recorder:
         left = list(weights)
         while True:
             try:
-                with torch.no_grad(), _ConstantMode(self):
+                with torch.no_grad(), _RecordingMode(self):
                     self._model.load_weights(iter(left))  # type: ignore[operator]
                 return self._settled()
             except NeedsValuesError as error:
@@ -211,10 +220,9 @@ class Recorder:
 
     # ---- operations on stand-ins ----
 
-    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What an operation with at least one stand-in among its arguments does."""
-        inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, RecordingTensor)]
-        origins = frozenset().union(*(x.origins for x in inputs))
+    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any], inputs: list[RecordingTensor]) -> Any:
+        """What an operation with stand-ins (`inputs`, at least one) among its arguments does."""
+        origins = inputs[0].origins if len(inputs) == 1 else frozenset().union(*(x.origins for x in inputs))
         target: Any = args[0] if args else None
         if func is aten.copy_.default and not isinstance(target, RecordingTensor):
             self._copy(target, args[1])
@@ -231,10 +239,8 @@ class Recorder:
         return self._apply(func, args, kwargs, inputs, origins)
 
     def _apply(self, func: Any, args: Any, kwargs: Any, inputs: list[RecordingTensor], origins: frozenset[str]) -> Any:
-        def to_meta(x: torch.Tensor) -> torch.Tensor:
-            return x.meta if isinstance(x, RecordingTensor) else x.to("meta")
-
-        meta_args, meta_kwargs = tree_map_only(torch.Tensor, to_meta, (args, kwargs))
+        meta_args = [_to_meta(x) for x in args]
+        meta_kwargs = {name: _to_meta(x) for name, x in kwargs.items()}
         if "device" in meta_kwargs:
             meta_kwargs["device"] = torch.device("meta")
         try:
@@ -250,6 +256,8 @@ class Recorder:
                 return RecordingTensor(x, origins, self, casts=only.casts, is_relaid=only.is_relaid)
             return RecordingTensor(x, origins, self, is_derived=True)
 
+        if isinstance(result, torch.Tensor):
+            return wrap(result)
         return tree_map_only(torch.Tensor, wrap, result)
 
     def _fall_back(self, destination: Any, origins: frozenset[str]) -> None:
@@ -297,6 +305,25 @@ class Recorder:
                 parameter=parameter or "",
             )
         )
+
+
+def _stand_ins(args: Any, kwargs: Any) -> list[RecordingTensor]:
+    """The stand-ins among an operation's arguments, which may be in lists. (torch's pytree takes ten times as long.)"""
+    found = []
+    for x in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(x, RecordingTensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            found += [y for y in x if isinstance(y, RecordingTensor)]
+    return found
+
+
+def _to_meta(x: Any) -> Any:
+    if isinstance(x, RecordingTensor):
+        return x.meta
+    if isinstance(x, torch.Tensor):
+        return x.to("meta")
+    return [_to_meta(y) for y in x] if isinstance(x, (list, tuple)) else x
 
 
 def all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
