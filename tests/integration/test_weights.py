@@ -47,6 +47,12 @@ def test_other_architectures(tmp_path, checkpoint, reference, name):
     assert values[0]["fallback"] == norms and bool(norms) == (name == "gemma")
 
 
+def test_expert_parallelism_reads_no_expert_of_another_rank(tmp_path, checkpoint):
+    # Weights only: SGLang's experts on the plain CPU cannot run with expert parallelism.
+    path, other = checkpoint("qwen3_moe", 1), checkpoint("qwen3_moe", 2)
+    run_job("weights.expert_parallel", 2, tmp_path, path=path, other=other)
+
+
 def test_a_plain_module_moves_no_byte_between_ranks(tmp_path, checkpoint, reference):
     values = check(tmp_path, checkpoint, reference, "qwen2", 2, 2, replicate=True)
     assert all(value["remote"] == 0 for value in values)

@@ -57,6 +57,20 @@ def update(context: Any, name: str, path: str, tp: int, generates: bool, replica
         }
 
 
+def expert_parallel(context: Any, path: str, other: str) -> None:
+    """An engine whose ranks hold whole experts, as the trainer's `Shard(0)` of fused experts does."""
+    with context.engine(path, context.world, ep_size=context.world) as engine:
+        model = shard(models.make_model("qwen3_moe", seed=2), context.world)
+        stats = engine.update_weights(model, verify=True)
+        assert stats.wrong_elements == 0 and stats.fallback_weights == ()
+        assert (
+            stats.remote_bytes * 20 < stats.local_bytes
+        )  # with TP alone, half of each expert would cross
+        moved = engine.weight_checksums()
+    with context.engine(other, context.world, ep_size=context.world) as engine:
+        assert engine.weight_checksums() == moved
+
+
 def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
     """What a source may be, and what it may not: refusals leave the engine alive with its old weights."""
     with context.engine(path, context.world) as engine:
