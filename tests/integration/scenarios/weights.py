@@ -63,9 +63,7 @@ def expert_parallel(context: Any, path: str, other: str) -> None:
         model = shard(models.make_model("qwen3_moe", seed=2), context.world)
         stats = engine.update_weights(model, verify=True)
         assert stats.wrong_elements == 0 and stats.fallback_weights == ()
-        assert (
-            stats.remote_bytes * 20 < stats.local_bytes
-        )  # with TP alone, half of each expert would cross
+        assert stats.remote_bytes * 20 < stats.local_bytes  # with TP alone, half of each expert would cross
         moved = engine.weight_checksums()
     with context.engine(other, context.world, ep_size=context.world) as engine:
         assert engine.weight_checksums() == moved
