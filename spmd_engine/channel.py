@@ -50,7 +50,10 @@ class LinkAddress:
 
 @dataclass(frozen=True)
 class Start:
-    """First message to a scheduler process."""
+    """First message to a scheduler process.
+
+    The weights of an engine that starts anew (`is_restart`) are not those that the trainer's `weight_version` names.
+    """
 
     protocol: int
     rank: int
@@ -65,6 +68,8 @@ class Start:
     trainer_pid: int
     scratch: str
     timeout_s: float
+    weight_version: int
+    is_restart: bool
 
 
 @dataclass(frozen=True)

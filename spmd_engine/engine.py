@@ -60,16 +60,29 @@ class SpmdEngine:
         **server_args: Any,
     ) -> None:
         self._ranks, self.tp_rank = mesh_ranks(device_mesh_cpu)
-        rank = self._ranks[self.tp_rank]
+        self._model_path, self._server_args = os.fspath(model_path), server_args
+        self._timeout_s, self._log_dir = timeout_s, log_dir
         self._version = 0
-        startup = Startup(os.fspath(model_path), server_args, ranks=self._ranks, rank=rank, timeout_s=timeout_s)
-        self._process = startup.start(log_dir)
+        self._start(is_restart=False)
+
+    def _start(self, *, is_restart: bool) -> None:
+        rank = self._ranks[self.tp_rank]
+        startup = Startup(
+            self._model_path,
+            self._server_args,
+            ranks=self._ranks,
+            rank=rank,
+            timeout_s=self._timeout_s,
+            weight_version=self._version,
+            is_restart=is_restart,
+        )
+        self._process = startup.start(self._log_dir)
+        self._version, self._tokenizer = startup.weight_version, startup.tokenizer
         self._spin_s = 0.0 if startup.on_cpu else _SPIN_S
-        self._tokenizer = startup.tokenizer
-        self._caller = Caller(rank, self._process, startup.rendezvous, timeout_s)
-        self._updates = WeightUpdates(rank, self._ranks, self._process, timeout_s)
-        self._caller.receive(lambda message: isinstance(message, Ready), timeout_s, "start")
-        logger.info("rank %d: scheduler process %d serves %s", rank, self._process.pid, model_path)
+        self._caller = Caller(rank, self._process, startup.rendezvous, self._timeout_s)
+        self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s)
+        self._caller.receive(lambda message: isinstance(message, Ready), self._timeout_s, "start")
+        logger.info("rank %d: scheduler process %d serves %s", rank, self._process.pid, self._model_path)
 
     # ---- facts ----
 
@@ -217,6 +230,19 @@ class SpmdEngine:
         return checksums
 
     # ---- life ----
+
+    def restart(self) -> None:
+        """Start new scheduler processes in place of those that died, or of those that run.
+
+        Collective over the ranks of this replica. SGLang loads its checkpoint again, and `generate` refuses until the
+        next `update_weights`, which plans anew. An update over several replicas ends all of them when a process dies:
+        restart each of them.
+
+        Raises:
+            All that making a SpmdEngine raises; it may be tried again.
+        """
+        self._caller.stop()
+        self._start(is_restart=True)
 
     def shutdown(self) -> None:
         """End the scheduler process of this rank. Waits for no other rank, and may be called again."""

@@ -42,7 +42,7 @@ class TransferError(SpmdEngineError):
 
 
 class WeightsInconsistentError(SpmdEngineError):
-    """An update failed after it had begun to write. `generate` refuses until an update succeeds."""
+    """An update failed half-way, or the engine was restarted. `generate` refuses until an update succeeds."""
 
 
 class SchedulerError(SpmdEngineError):

@@ -78,9 +78,10 @@ class Rendezvous:
             )
         name = f"spmd_engine/{purpose}/{digest_ranks(ranks)}"
         self.ranks, self.rank = ranks, rank
-        # The n-th meeting of these ranks for this purpose, on each of them.
+        # The n-th of these ranks for this purpose, on each of them. One at which some rank did not come does not
+        # count: that rank may not even have known of it.
         count = _counters.get(name, 0)
-        _counters[name] = count + 1
+        self._name = name
         self._store = dist.PrefixStore(f"{name}/{count}", dist.distributed_c10d._get_default_store())
 
     def post(self, key: str, value: dict[str, Any]) -> None:
@@ -171,6 +172,7 @@ class Rendezvous:
             token=first["link"]["token"],
             listener_fd=listener.detach() if listener is not None else -1,
         )
+        _counters[self._name] = _counters.get(self._name, 0) + 1
         return Meeting(notes=notes, link=link)
 
 

@@ -69,19 +69,31 @@ class Startup:
         ranks: global ranks of the replica, in TP order.
         rank: the caller's global rank.
         timeout_s: seconds to wait for the other ranks.
+        weight_version: that this rank knows; the highest of all ranks counts.
+        is_restart: the process takes the place of another one.
 
     Attributes:
         rendezvous: the keys of this engine in the default store.
         tokenizer: the tokenizer, or None; known after `start`.
+        weight_version: that the engine begins with; known after `start`.
     """
 
     def __init__(
-        self, model_path: str, server_args: Mapping[str, Any], *, ranks: tuple[int, ...], rank: int, timeout_s: float
+        self,
+        model_path: str,
+        server_args: Mapping[str, Any],
+        *,
+        ranks: tuple[int, ...],
+        rank: int,
+        timeout_s: float,
+        weight_version: int = 0,
+        is_restart: bool = False,
     ) -> None:
         self.rendezvous = Rendezvous(ranks, rank, "engine")
         self.tokenizer: Any = None
         self._model_path, self._server_args = model_path, dict(server_args)
         self._ranks, self._rank, self._timeout_s = ranks, rank, timeout_s
+        self.weight_version, self._is_restart = weight_version, is_restart
 
     def start(self, log_dir: str | os.PathLike[str] | None) -> SchedulerProcess:
         """Agree with the other ranks on the arguments and start the process.
@@ -91,6 +103,7 @@ class Startup:
         """
         given = {"model_path": self._model_path, **self._server_args}
         note: dict[str, Any] = {"digest": digest(given), "arguments": repr(given)[:500], "refusal": None}
+        note["version"] = self.weight_version
         refusal: ConfigError | None = None
         log: IO[bytes] | None = None
         try:
@@ -111,6 +124,7 @@ class Startup:
             _check_agreement(self._ranks, meeting, refusal)
             gpus = visible_gpus(self._ranks, [note["gpu"] for note in meeting.notes])
             undo.pop_all()
+        self.weight_version = max(note["version"] for note in meeting.notes)
         assert log is not None
         return self._spawn(meeting, gpus, log)
 
@@ -158,6 +172,8 @@ class Startup:
             trainer_pid=os.getpid(),
             scratch=scratch,
             timeout_s=self._timeout_s,
+            weight_version=self.weight_version,
+            is_restart=self._is_restart,
         )
         env = child_environment(
             os.environ, on_cpu=on_cpu, tp_size=tp_size, loopback=loopback, scratch=scratch, gpus=gpus

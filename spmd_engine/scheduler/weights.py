@@ -58,7 +58,7 @@ class WeightsKeeper:
     """
 
     def __init__(self, scheduler: Any, start: Start) -> None:
-        self.version = 0
+        self.version = start.weight_version
         self.is_inspected = False
         self._scheduler, self._rank = scheduler, start.rank
         self._layouts: dict[str, tuple[SourceLayout, frozenset[str]]] = {}
@@ -68,6 +68,8 @@ class WeightsKeeper:
         self._handles = None if self._device.type == "cpu" else OpenHandles(self._device.index or 0)
         self._offered: DescriptorServer | None = None
         self._broken: str | None = None
+        if start.is_restart:
+            self._broken = "the engine was restarted with the weights of its checkpoint: call update_weights first"
         self._conversion = Conversion(adapter.hf_config_of(scheduler))
 
     def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:

@@ -106,6 +106,7 @@ def test_rendezvous_of_two_ranks_and_of_a_rank_that_never_comes():
     # The counter of meetings is one a process; the second "rank" is a thread of this one.
     points[1] = Rendezvous.__new__(Rendezvous)
     points[1].ranks, points[1].rank, points[1]._store = ranks, 5, points[0]._store
+    points[1]._name = points[0]._name
     thread = threading.Thread(target=lambda: met.append(points[1].meet({"n": 2}, timeout_s=5.0, watch=lambda: None)))
     thread.start()
     meeting = points[0].meet({"n": 1}, timeout_s=5.0, watch=lambda: None)

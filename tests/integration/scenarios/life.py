@@ -142,6 +142,36 @@ def kill_scheduler(context: Any, path: str, during: str) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
+def restart(context: Any, path: str, tp: int) -> dict[str, Any]:
+    """After a death the trainer goes on: new processes, then new weights, then tokens as before."""
+    with context.engine(path, tp) as engine:
+        model = shard(models.make_model("qwen2", seed=2), context.world)
+        engine.update_weights(model)
+        checksums, tokens = engine.weight_checksums(), greedy(engine)
+        dist.barrier()
+        if context.rank == 1:
+            os.kill(engine.scheduler_pid, signal.SIGKILL)
+        with pytest.raises(errors.SchedulerDiedError):
+            engine.update_weights(model)
+        engine.restart()
+        assert engine.weight_version == 1
+        with pytest.raises(errors.WeightsInconsistentError, match="restarted"):
+            greedy(engine)
+        stats = engine.update_weights(model, verify=True)
+        assert (stats.weight_version, stats.planned, stats.wrong_elements) == (2, True, 0)
+        assert engine.weight_checksums() == checksums and greedy(engine) == tokens
+        # One that is shut down, and one that runs, can be restarted, too.
+        engine.shutdown()
+        engine.restart()
+        engine.restart()
+        assert engine.update_weights(model, verify=True).weight_version == 3
+        assert greedy(engine) == tokens
+    with pytest.raises(errors.EngineClosedError):
+        greedy(engine)
+    assert psutil.Process().children(recursive=True) == []
+    return {}
+
+
 def kill_trainer(context: Any, path: str) -> dict[str, Any]:
     """Rank 1's trainer is killed while rank 0 generates."""
     engine = context.engine(path, context.world)
