@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from spmd_engine.errors import (
+    AsleepError,
     CollectiveMismatchError,
     CollectiveTimeoutError,
     ConfigError,
     EngineBusyError,
     EngineClosedError,
     InvalidRequestError,
+    MemoryOccupationError,
     PlanError,
     SchedulerDiedError,
     SchedulerError,
@@ -29,12 +31,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsleepError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "ConfigError",
     "EngineBusyError",
     "EngineClosedError",
     "InvalidRequestError",
+    "MemoryOccupationError",
     "PlanError",
     "SchedulerDiedError",
     "SchedulerError",

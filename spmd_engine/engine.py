@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spmd_engine import requests as req
 from spmd_engine.caller import Caller
 from spmd_engine.channel import Coming, Ready
+from spmd_engine.errors import MEMORY_TAGS, MemoryOccupationError
 from spmd_engine.startup import Startup, mesh_ranks
 from spmd_engine.stats import UpdateStats
 from spmd_engine.updates import WeightUpdates
@@ -78,6 +79,7 @@ class SpmdEngine:
         )
         self._process = startup.start(self._log_dir)
         self._version, self._tokenizer = startup.weight_version, startup.tokenizer
+        self._sleeping: tuple[str, ...] = ()
         self._spin_s = 0.0 if startup.on_cpu else _SPIN_S
         self._caller = Caller(rank, self._process, startup.rendezvous, self._timeout_s)
         self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s)
@@ -100,6 +102,11 @@ class SpmdEngine:
     def weight_version(self) -> int:
         """Number of weight updates committed so far; 0 is what SGLang loaded at the start."""
         return self._version
+
+    @property
+    def sleeping(self) -> tuple[str, ...]:
+        """Tags of the memory that is released now."""
+        return self._sleeping
 
     @property
     def tokenizer(self) -> Any:
@@ -146,7 +153,8 @@ class SpmdEngine:
         Raises:
             InvalidRequestError: SGLang cannot serve this request; the engine stays usable.
             CollectiveMismatchError, EngineBusyError: see there; the engine stays usable.
-            WeightsInconsistentError: the last weight update failed half-way.
+            WeightsInconsistentError: the last weight update failed half-way, or the weights slept and none came since.
+            AsleepError: some memory is released; the engine stays usable.
             SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
         """
 
@@ -197,6 +205,7 @@ class SpmdEngine:
         Raises:
             PlanError: the source does not fit the engine's parameters; the old weights still serve.
             TransferError: shards could not be read; see the message for whether the old weights still serve.
+            AsleepError: the memory of the weights is released (that of the KV cache may be).
             CollectiveMismatchError, EngineBusyError: the engine stays usable.
             SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
         """
@@ -229,6 +238,61 @@ class SpmdEngine:
         checksums: dict[str, str] = value
         return checksums
 
+    # ---- memory ----
+
+    def release_memory_occupation(self, tags: Sequence[str] | None = None) -> None:
+        """Give memory of the engine back to the device. When this returns, it is free on all ranks of the replica.
+
+        Needs `enable_memory_saver=True`. Addresses stay, so CUDA graphs and plans of weight updates stay valid. What
+        the engine has mapped of the trainer's memory is closed, so that the trainer can free it, too.
+
+        Args:
+            tags: of "weights", "kv_cache" and "cuda_graph" those to release; None for all that are awake. The contents
+                of the weights are gone, and `generate` refuses until the next update, unless the engine was made with
+                `enable_weights_cpu_backup=True`. The prefix cache is dropped with the KV cache. SGLang captures CUDA
+                graphs into memory that can be released only if the environment has SGLANG_MEMORY_SAVER_CUDA_GRAPH=1
+                (which excludes its breakable prefill graphs); else releasing them frees nothing.
+
+        Raises:
+            MemoryOccupationError: an unknown tag, one that is released already, or no memory saver; nothing was
+                released, and the engine stays usable.
+            CollectiveMismatchError, EngineBusyError: the engine stays usable.
+            SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
+        """
+        self._occupy("release_memory_occupation", tags)
+
+    def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> None:
+        """Take memory again that was released. When this returns, all ranks of the replica have it.
+
+        To keep the peak low, wake in stages: resume "weights", `update_weights`, free the trainer's copy (it is mapped
+        by the engine until the next call of this method), then resume the rest.
+
+        Args:
+            tags: those to resume, in any order; None for all that sleep.
+
+        Raises:
+            MemoryOccupationError: an unknown tag, one that is not released, or too little free memory on some rank;
+                nothing was resumed, and the engine stays usable.
+            CollectiveMismatchError, EngineBusyError: the engine stays usable.
+            SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
+        """
+        self._occupy("resume_memory_occupation", tags)
+
+    def sleep(self) -> None:
+        """Release all memory that can be released: `release_memory_occupation()`."""
+        self.release_memory_occupation()
+
+    def wake_up(self) -> None:
+        """Resume all memory that is released: `resume_memory_occupation()`. Staged, it has a lower peak."""
+        self.resume_memory_occupation()
+
+    def _occupy(self, kind: str, tags: Sequence[str] | None) -> None:
+        def prepare() -> tuple[Any, str]:
+            return _check_tags(tags), f"{kind}({'' if tags is None else list(tags)})"
+
+        self._updates.forget_places()
+        _, self._sleeping = self._caller.call(kind, prepare)
+
     # ---- life ----
 
     def restart(self) -> None:
@@ -255,3 +319,18 @@ class SpmdEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
+
+
+def _check_tags(tags: Sequence[str] | None) -> list[str] | None:
+    """The tags, each once and sorted.
+
+    Raises:
+        MemoryOccupationError: there is none, or one of them is unknown.
+    """
+    if tags is None:
+        return None
+    given = [tags] if isinstance(tags, str) else list(tags)
+    unknown = [tag for tag in given if tag not in MEMORY_TAGS]
+    if unknown or not given or isinstance(tags, str):
+        raise MemoryOccupationError(f"tags must be None or a list of some of {list(MEMORY_TAGS)}, got {tags!r}")
+    return sorted(set(given))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The kinds of an engine's memory that can be released: SGLang's names.
+MEMORY_TAGS = ("weights", "kv_cache", "cuda_graph")
+
 
 class SpmdEngineError(RuntimeError):
     """Base of all errors that spmd_engine raises."""
@@ -42,7 +45,19 @@ class TransferError(SpmdEngineError):
 
 
 class WeightsInconsistentError(SpmdEngineError):
-    """An update failed half-way, or the engine was restarted. `generate` refuses until an update succeeds."""
+    """The parameters hold no complete weight version: an update failed after it had begun to write, their memory was
+    released without a backup, or the engine was restarted. `generate` refuses until an update succeeds."""
+
+
+class MemoryOccupationError(SpmdEngineError):
+    """A release or a resume that does not fit what is released, or for which there is no memory.
+
+    Raised on all ranks of the replica; nothing was changed, and the engine stays usable.
+    """
+
+
+class AsleepError(MemoryOccupationError):
+    """A call that needs memory which is released. Raised on all ranks; the engine stays usable."""
 
 
 class SchedulerError(SpmdEngineError):

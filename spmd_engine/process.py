@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Failed, Shutdown, Start
+from spmd_engine.errors import ConfigError
 
 LOG_TAIL_BYTES = 4000
 _LAUNCHER_VARIABLES = {
@@ -28,13 +29,21 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def child_environment(
-    environ: Mapping[str, str], *, on_cpu: bool, tp_size: int, loopback: bool, scratch: str, gpus: str = ""
+    environ: Mapping[str, str],
+    *,
+    on_cpu: bool,
+    tp_size: int,
+    loopback: bool,
+    scratch: str,
+    gpus: str = "",
+    preload: str = "",
 ) -> dict[str, str]:
     """The environment of a scheduler process: made from `environ`, which stays as it is.
 
     It sees `gpus`, a value of CUDA_VISIBLE_DEVICES, whatever its trainer rank sees. Left out are the launcher's
     rendezvous variables (with TORCHELASTIC_USE_AGENT_STORE the child would wait for ever for a store that nobody
-    serves) and expandable segments (SGLang's memory saver refuses them).
+    serves) and expandable segments (SGLang's memory saver refuses them). The library `preload` is loaded before all
+    others.
     """
     env = {k: v for k, v in environ.items() if k not in _LAUNCHER_VARIABLES and not k.startswith("TORCHELASTIC_")}
     for name in _ALLOCATOR_VARIABLES:
@@ -57,6 +66,10 @@ def child_environment(
     env["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
     if loopback:
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if preload:
+        env["LD_PRELOAD"] = ":".join(filter(None, [preload, env.get("LD_PRELOAD")]))
+        # Graphs whose memory is paused get other physical pages at the same addresses, which NCCL must not register.
+        env.setdefault("NCCL_GRAPH_REGISTER", "0")
     if not on_cpu:
         env["CUDA_VISIBLE_DEVICES"] = gpus
     else:
@@ -76,6 +89,22 @@ def _core_bindings(cores: list[int], tp_size: int) -> str:
     share = max(1, len(cores) // tp_size)
     groups = [cores[(i * share) % len(cores) :][:share] for i in range(tp_size)]
     return "|".join(",".join(map(str, group)) for group in groups)
+
+
+def memory_saver_library() -> str:
+    """Path of the library that must be preloaded into a scheduler process whose GPU memory is to be released.
+
+    Raises:
+        ConfigError: torch_memory_saver is not installed, or not for this CUDA version.
+    """
+    try:
+        from torch_memory_saver.utils import get_binary_path_from_package
+
+        return str(get_binary_path_from_package("torch_memory_saver_hook_mode_preload"))
+    except (ImportError, RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"enable_memory_saver needs torch_memory_saver: pip install torch-memory-saver ({error})"
+        ) from error
 
 
 class ProcessDied(Exception):

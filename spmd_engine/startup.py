@@ -16,7 +16,7 @@ from spmd_engine.channel import PROTOCOL, LinkAddress, Start
 from spmd_engine.devices import own_gpu, visible_gpus
 from spmd_engine.digest import digest
 from spmd_engine.errors import CollectiveMismatchError, ConfigError
-from spmd_engine.process import SchedulerProcess, child_environment, open_log
+from spmd_engine.process import SchedulerProcess, child_environment, memory_saver_library, open_log
 from spmd_engine.rendezvous import Meeting, Rendezvous
 from spmd_engine.requests import has_tokenizer, load_tokenizer
 
@@ -94,6 +94,7 @@ class Startup:
         self._model_path, self._server_args = model_path, dict(server_args)
         self._ranks, self._rank, self._timeout_s = ranks, rank, timeout_s
         self.weight_version, self._is_restart = weight_version, is_restart
+        self._preload = ""
 
     def start(self, log_dir: str | os.PathLike[str] | None) -> SchedulerProcess:
         """Agree with the other ranks on the arguments and start the process.
@@ -142,6 +143,8 @@ class Startup:
         for name in ("tp_size", "tensor_parallel_size"):
             if (got := args.pop(name, tp_size)) != tp_size:
                 raise ConfigError(f"{name}={got} but device_mesh_cpu has {tp_size} ranks; leave {name} out")
+        if args.get("enable_memory_saver") and not self.on_cpu:
+            self._preload = memory_saver_library()
         path = args.get("tokenizer_path") or self._model_path
         if args.get("skip_tokenizer_init") is None:
             args["skip_tokenizer_init"] = not has_tokenizer(path)
@@ -176,7 +179,13 @@ class Startup:
             is_restart=self._is_restart,
         )
         env = child_environment(
-            os.environ, on_cpu=on_cpu, tp_size=tp_size, loopback=loopback, scratch=scratch, gpus=gpus
+            os.environ,
+            on_cpu=on_cpu,
+            tp_size=tp_size,
+            loopback=loopback,
+            scratch=scratch,
+            gpus=gpus,
+            preload=self._preload,
         )
         return SchedulerProcess(start, env=env, log=log)
 

@@ -108,6 +108,10 @@ class WeightUpdates:
         agreed = [self.last_ranks, key, verify]
         return UpdateRequest(payload, agreed, summary, memory, described, time.monotonic() - began)
 
+    def forget_places(self) -> None:
+        """The scheduler process closes the memory of all shards: say again where they are at the next update."""
+        self._last = None
+
     def committed(self, request: UpdateRequest) -> None:
         """Remember what the scheduler process now knows."""
         self._known.add(request.payload["key"])

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import inspect
 import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from spmd_engine.channel import Start
 from spmd_engine.errors import ConfigError, InvalidRequestError, SpmdEngineError
 from spmd_engine.requests import GenerateRequest
+from spmd_engine.scheduler.cpu_memory import CpuMemorySaver
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,13 @@ _CPU_DEFAULTS = {
     "max_total_tokens": 65536,
     "chunked_prefill_size": 8192,
 }
+
+
+_START_ERRORS = (
+    ValueError, AssertionError, LookupError, AttributeError, TypeError, ImportError, OSError, NotImplementedError,
+)  # fmt: skip
+# A larger tensor that a module keeps beside its parameters is one that it derives from them.
+_MAX_KEPT_BYTES = 1 << 20
 
 
 def make_server_args(start: Start) -> Any:
@@ -47,7 +56,9 @@ def make_server_args(start: Start) -> Any:
     values: dict[str, Any] = {"log_level": "warning", **start.server_args}
     if start.on_cpu:
         defaults = {name: value for name, value in _CPU_DEFAULTS.items() if name in known}
-        values = {**defaults, **values, "device": "cpu"}
+        # torch_memory_saver needs CUDA; `CpuMemorySaver` takes its place once the scheduler stands.
+        without = {"enable_memory_saver": False, "enable_weights_cpu_backup": False}
+        values = {**defaults, **values, **without, "device": "cpu"}
     values.update(
         model_path=start.model_path,
         tp_size=len(start.link.ranks),
@@ -132,10 +143,13 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
     _check_heads(args, start)
     try:
-        return RankLocalScheduler(args, ports, **({} if by_publish else ranks))
+        scheduler = RankLocalScheduler(args, ports, **({} if by_publish else ranks))
+        if start.on_cpu and start.server_args.get("enable_memory_saver"):
+            _use_cpu_memory_saver(scheduler, keeps_weights=bool(start.server_args.get("enable_weights_cpu_backup")))
+        return scheduler
     except SpmdEngineError:
         raise
-    except (ValueError, AssertionError, LookupError, AttributeError, TypeError, ImportError, OSError) as error:
+    except _START_ERRORS as error:
         if isinstance(error, OSError) and "in use" in str(error):
             raise
         logger.exception("SGLang did not start")
@@ -169,17 +183,24 @@ def hf_config_of(scheduler: Any) -> Any:
     return scheduler.model_config.hf_config
 
 
-def checksums(scheduler: Any) -> dict[str, str]:
-    """A digest of the bytes of every parameter, every buffer, and every tensor that a module derived from them."""
-    model = model_of(scheduler)
-    derived = [
+def _tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers(), *_unregistered(model)]
+
+
+def _unregistered(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Tensors that modules keep as plain attributes, with their names."""
+    return [
         (f"{prefix}.{name}", value)
         for prefix, module in model.named_modules()
         for name, value in vars(module).items()
         if isinstance(value, torch.Tensor)
     ]
+
+
+def checksums(scheduler: Any) -> dict[str, str]:
+    """A digest of the bytes of every parameter, every buffer, and every tensor that a module derived from them."""
     found = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *derived]:
+    for name, tensor in _tensors_of(model_of(scheduler)):
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         found[name] = hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
     return found
@@ -189,6 +210,47 @@ def flush_cache(scheduler: Any) -> None:
     """Drop the prefix cache. The scheduler is idle when this is called."""
     if not scheduler.flush_cache(empty_cache=False):
         raise RuntimeError("SGLang did not flush its cache although no request runs")
+
+
+def release_memory(scheduler: Any, tag: str) -> None:
+    """Give the memory of an awake tag back, by SGLang's own handler. No request runs, and no kernel."""
+    from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
+    scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=[tag]))
+
+
+def resume_memory(scheduler: Any, tag: str) -> None:
+    """Take the memory of a sleeping tag again, at the same addresses. It must be there, or the process ends."""
+    from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+
+    scheduler.weight_updater.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=[tag]))
+
+
+def unregistered_constants(scheduler: Any) -> list[torch.Tensor]:
+    """Small tensors that modules keep beside parameters and buffers: no update writes them, and SGLang restores only
+    buffers. Which experts are local is one, for example."""
+    return [tensor for _, tensor in _unregistered(model_of(scheduler)) if 0 < tensor.nbytes <= _MAX_KEPT_BYTES]
+
+
+def _use_cpu_memory_saver(scheduler: Any, *, keeps_weights: bool) -> None:
+    """Let SGLang's memory handlers pause and resume by the kernel's means.
+
+    Args:
+        keeps_weights: a copy of the weights in CPU memory is wanted: on the CPU they stay where they are.
+
+    Raises:
+        ConfigError: a KV cache of an unknown kind.
+    """
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    layers = [tensor for name in ("k_buffer", "v_buffer", "kv_buffer") for tensor in getattr(pool, name, None) or ()]
+    if not layers:
+        raise ConfigError(f"on the CPU the memory saver does not know the KV cache {type(pool).__name__}")
+    tensors: dict[str, Callable[[], Iterable[torch.Tensor]]] = {
+        "kv_cache": lambda: [*layers, scheduler.req_to_token_pool.req_to_token]
+    }
+    if not keeps_weights:
+        tensors["weights"] = lambda: [tensor for _, tensor in _tensors_of(model_of(scheduler))]
+    scheduler.weight_updater.memory_saver_adapter = CpuMemorySaver(tensors, lost=("weights",))
 
 
 def refresh_derived(model: torch.nn.Module) -> None:

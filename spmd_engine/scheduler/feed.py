@@ -18,6 +18,7 @@ from spmd_engine.digest import digest
 from spmd_engine.errors import ErrorReport, SpmdEngineError
 from spmd_engine.links import Frame, Links, LinkTimeout, PeerGone
 from spmd_engine.scheduler import adapter
+from spmd_engine.scheduler.memory import MemoryKeeper
 from spmd_engine.scheduler.outputs import Outputs
 from spmd_engine.scheduler.watchdog import Watchdog
 from spmd_engine.scheduler.weights import WeightsKeeper
@@ -42,6 +43,7 @@ class Feed:
     def attach(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._weights = WeightsKeeper(scheduler, self._start)
+        self._memory = MemoryKeeper(scheduler, self._start, self._weights.device)
 
     def recv_requests(self, local_reqs: Any = None) -> list[Any]:
         """Called by SGLang at each turn of its event loop: what to begin now. Blocks while there is nothing to do."""
@@ -100,6 +102,7 @@ class Feed:
             "summary": call.summary,
             "overlapped": call.overlapped,
             "wide": wide,
+            "refusal": _as_pair(self._memory.refusal(call.kind, call.payload)),
         }
         news, places = self._weights.announce(call.payload) if call.kind == "update_weights" else ({}, b"")
         frames = self._exchange(self._replica, {**agreement, **news}, places, call)
@@ -107,7 +110,8 @@ class Feed:
         wide = max((tuple(header["wide"]) for header, _ in frames), key=len)  # a refusing rank may not know its peers
         if wide and wide != self._replica and wide in self._links:
             # The other replicas are on their way into the same update: they must hear of an error here.
-            note = {**agreement, **news, "error": None if error is None else [error.kind, error.message]}
+            failed = None if error is None else [error.kind, error.message]
+            note = {**agreement, **news, "error": failed, "refusal": None}
             frames = self._exchange(wide, note, places, call)
             error = verdict(wide, frames) or error
         if error is not None:
@@ -123,10 +127,16 @@ class Feed:
             def exchange(header: dict[str, Any], blob: bytes) -> list[Frame]:
                 return self._exchange(wide, header, blob, call)
 
-            self._reply(call, value=self._weights.update(call.payload, frames, exchange, wait_s=wait_s))
+            flush = "kv_cache" not in self._memory.sleeping
+            stats = self._weights.update(call.payload, frames, exchange, flush=flush, wait_s=wait_s)
+            self._reply(call, value=stats)
+            return None
+        if call.kind in ("release_memory_occupation", "resume_memory_occupation"):
+            self._occupy(call)
             return None
         if call.kind == "flush_cache":
-            adapter.flush_cache(self._scheduler)
+            if "kv_cache" not in self._memory.sleeping:  # else it is empty
+                adapter.flush_cache(self._scheduler)
             self._reply(call)
             return None
         if call.kind == "weight_checksums":
@@ -142,6 +152,19 @@ class Feed:
         self._weights.is_inspected = False
         self.outputs.expect(rids, [request.return_logprob for request in requests], self._weights.version)
         return adapter.make_batch(made)
+
+    def _occupy(self, call: Call) -> None:
+        """Release or resume memory, and answer with the tags that sleep now."""
+
+        def barrier(header: dict[str, Any]) -> list[dict[str, Any]]:
+            return [answer for answer, _ in self._exchange(self._replica, header, b"", call)]
+
+        self._weights.unmap()
+        if call.kind == "resume_memory_occupation":
+            self._memory.resume(call.payload, barrier)
+        elif "weights" in self._memory.release(call.payload, barrier) and not self._memory.keeps_weights:
+            self._weights.lose_contents()
+        self._reply(call, value=self._memory.sleeping)
 
     def _finish(self, call: Call) -> None:
         """Answer a rollout once all ranks have finished it, so that none can leave while another still needs it."""
@@ -200,6 +223,10 @@ class Feed:
         raise AssertionError("die() does not return")
 
 
+def _as_pair(error: SpmdEngineError | None) -> list[str] | None:
+    return None if error is None else [type(error).__name__, str(error)]
+
+
 def verdict(ranks: tuple[int, ...], frames: list[Frame]) -> ErrorReport | None:
     """What the ranks' announcements of a call amount to: None if all made the same one, alone."""
     headers = [header for header, _ in frames]
@@ -214,6 +241,10 @@ def verdict(ranks: tuple[int, ...], frames: list[Frame]) -> ErrorReport | None:
             f"the ranks made different calls, or passed different arguments to the same one: {calls}. "
             "All ranks must make the same calls in the same order",
         )
+    for rank, header in zip(ranks, headers, strict=True):
+        if header.get("refusal"):
+            kind, message = header["refusal"]
+            return ErrorReport(kind, f"rank {rank}: {message}", rank)
     overlapped = [rank for rank, header in zip(ranks, headers, strict=True) if header["overlapped"]]
     if overlapped:
         return ErrorReport(

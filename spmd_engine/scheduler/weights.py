@@ -45,6 +45,7 @@ class _Prepared:
     record_s: float
     plan_s: float
     transfer: transfer.Transfer
+    has_constants: bool  # the loader fills some elements by itself
     target: Probe  # a loader that replaces a parameter makes the plan void
     is_bound: bool = False  # to the present addresses of the shards
 
@@ -54,6 +55,7 @@ class WeightsKeeper:
 
     Attributes:
         version: number of the last update that was committed.
+        device: of the parameters.
         is_inspected: whether all plans are known to fit the parameters that SGLang has now.
     """
 
@@ -64,12 +66,13 @@ class WeightsKeeper:
         self._layouts: dict[str, tuple[SourceLayout, frozenset[str]]] = {}
         self._prepared: dict[str, _Prepared] = {}
         self._memories: dict[int, ShardMemory] = {}  # of each rank, as it last said
-        self._device = next(adapter.model_of(scheduler).parameters()).device
-        self._handles = None if self._device.type == "cpu" else OpenHandles(self._device.index or 0)
+        self.device = next(adapter.model_of(scheduler).parameters()).device
+        self._handles = None if self.device.type == "cpu" else OpenHandles(self.device.index or 0)
         self._offered: DescriptorServer | None = None
         self._broken: str | None = None
         if start.is_restart:
             self._broken = "the engine was restarted with the weights of its checkpoint: call update_weights first"
+        self._are_lost = False  # the parameters' contents, constants included
         self._conversion = Conversion(adapter.hf_config_of(scheduler))
 
     def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:
@@ -91,6 +94,18 @@ class WeightsKeeper:
         """Raise if the last update failed half-way."""
         if self._broken is not None:
             raise WeightsInconsistentError(self._broken)
+
+    def lose_contents(self) -> None:
+        """The memory of the parameters was released: what they held is gone."""
+        self._are_lost = True
+        self._broken = "the memory of the weights was released, and their contents with it: call update_weights first"
+
+    def unmap(self) -> None:
+        """Close the trainers' memory, so that they can free it. The next update opens it again, for the same plans."""
+        for prepared in self._prepared.values():
+            prepared.is_bound = False
+        if self._handles is not None:
+            self._handles.close()
 
     def inspect(self) -> None:
         """Drop plans whose parameters SGLang has replaced. It cannot do so from here to the next call."""
@@ -119,13 +134,16 @@ class WeightsKeeper:
         is_bound = prepared is not None and prepared.is_bound
         return {"is_new": prepared is None, "is_bound": is_bound, "memory": described}, places
 
-    def update(self, payload: dict[str, Any], frames: list[Frame], exchange: Exchange, *, wait_s: float) -> UpdateStats:
+    def update(
+        self, payload: dict[str, Any], frames: list[Frame], exchange: Exchange, *, flush: bool, wait_s: float
+    ) -> UpdateStats:
         """One collective weight update. All shards are final.
 
         Args:
             payload: from `spmd_engine.updates`.
             frames: what all ranks have announced.
             exchange: all-gather over the scheduler processes of `payload["ranks"]`; also a barrier.
+            flush: drop the prefix cache. If it sleeps, that has been done, and its memory must not be touched.
             wait_s: seconds that the announcements took.
 
         Raises:
@@ -146,7 +164,7 @@ class WeightsKeeper:
 
         copying = time.monotonic()
         done: list[tuple[float, int | None]] = []
-        error = self._attempt(lambda: done.append(self._copy(prepared, verify=payload["verify"])))
+        error = self._attempt(lambda: done.append(self._copy(prepared, verify=payload["verify"], flush=flush)))
         copied = time.monotonic()
         self.is_inspected = False
         self._finish(exchange({"error": error}, b""), ranks)
@@ -183,7 +201,7 @@ class WeightsKeeper:
         memories = {rank: self._memories[rank] for rank in ranks}
 
         def bind() -> None:
-            transfer.check_reachable(memories, self._device)
+            transfer.check_reachable(memories, self.device)
             prepared.transfer.bind(memories)
             if self._handles is not None:
                 self._handles.keep_only(handle for memory in self._memories.values() for handle in memory.handles)
@@ -212,7 +230,7 @@ class WeightsKeeper:
         recorded = time.monotonic()
         by_name = {weight.name: weight for weight in layout.weights}
         buffers = {
-            name: torch.empty(by_name[name].shape, dtype=DTYPES[by_name[name].dtype], device=self._device)
+            name: torch.empty(by_name[name].shape, dtype=DTYPES[by_name[name].dtype], device=self.device)
             for name in fallback
         }
         whole = [_whole(by_name[name], buffer) for name, buffer in sorted(buffers.items())]
@@ -226,20 +244,24 @@ class WeightsKeeper:
             used=used,
             record_s=recorded - began,
             plan_s=time.monotonic() - recorded,
+            has_constants=bool(recording.constants),
             target=Probe(model, model.parameters()),
-            transfer=transfer.prepare(plan, rank=self._rank, device=self._device, handles=self._handles),
+            transfer=transfer.prepare(plan, rank=self._rank, device=self.device, handles=self._handles),
         )
 
     # ---- the copy and after ----
 
-    def _copy(self, prepared: _Prepared, *, verify: bool) -> tuple[float, int | None]:
+    def _copy(self, prepared: _Prepared, *, verify: bool, flush: bool) -> tuple[float, int | None]:
         """Run the plan and the fallback; seconds of the copy itself, and wrong elements if `verify`."""
+        model = adapter.model_of(self._scheduler)
+        if self._are_lost and prepared.has_constants:
+            _record(model, prepared.layout, self._conversion)  # a recording writes the loader's own constants
         prepared.transfer.start()
-        adapter.flush_cache(self._scheduler)  # while a GPU copies; it names tokens by the old weights
+        if flush:
+            adapter.flush_cache(self._scheduler)  # while a GPU copies; it names tokens by the old weights
         device_s = prepared.transfer.finish()
         # Before the fallback, whose loaders may work in place.
         wrong = prepared.transfer.compare() if verify else None
-        model = adapter.model_of(self._scheduler)
         if prepared.buffers:
             direct = {n: t for n, t in prepared.buffers.items() if n not in prepared.converted}
             turned = {n: t for n, t in prepared.buffers.items() if n in prepared.converted}
@@ -270,7 +292,7 @@ class WeightsKeeper:
                 "Call update_weights again before generate"
             )
             raise
-        self._broken = None
+        self._broken, self._are_lost = None, False
         self.version = tried
 
 

@@ -40,6 +40,7 @@ def run_ranks(
     *,
     one_gpu_each: bool = False,
     expandable: bool = False,
+    pausable_graphs: bool = False,
     **arguments: Any,
 ) -> None:
     """Run a scenario of worker.py on `world` ranks.
@@ -47,6 +48,7 @@ def run_ranks(
     Args:
         one_gpu_each: a rank sees its own GPU only, as under Ray.
         expandable: the trainer's memory is in expandable segments.
+        pausable_graphs: SGLang captures CUDA graphs into memory that can be released.
     """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -59,6 +61,8 @@ def run_ranks(
             env["CUDA_VISIBLE_DEVICES"] = str(rank)
         if expandable:
             env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        if pausable_graphs:
+            env["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
         with open(tmp_path / f"rank{rank}.log", "wb") as log:
             command = [sys.executable, str(WORKER), scenario, json.dumps(arguments)]
             ranks.append(
@@ -104,6 +108,13 @@ def _logs(directory: Path, world: int) -> str:
 def test_bit_for_bit_what_sglang_loads(tmp_path: Path, name: str, tp: int, world: int, how: dict[str, bool]) -> None:
     path, other = (str(models.save_model(name, tmp_path / str(seed), seed=seed, **SHAPE)) for seed in (1, 2))
     run_ranks(tmp_path, "update", world, name=name, path=path, other=other, tp=tp, **how)
+
+
+@pytest.mark.parametrize("pausable_graphs", [False, True], ids=["graphs-stay", "graphs-sleep"])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=two_gpus)])
+def test_sleep_and_wake(tmp_path: Path, tp: int, pausable_graphs: bool) -> None:
+    path = str(models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE))
+    run_ranks(tmp_path, "sleep", tp, path=path, tp=tp, pausable_graphs=pausable_graphs)
 
 
 def test_sources_that_change_and_sources_that_are_refused(tmp_path: Path) -> None:

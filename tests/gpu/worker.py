@@ -39,9 +39,9 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 100, 200], list(range(20, 60))]
 GREEDY = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
 
 
-def make_engine(path: str, tp: int) -> SpmdEngine:
+def make_engine(path: str, tp: int, **server_args: Any) -> SpmdEngine:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // tp, tp), mesh_dim_names=("dp", "tp"))["tp"]
-    return SpmdEngine(path, device_mesh_cpu=mesh, **SERVER_ARGS)
+    return SpmdEngine(path, device_mesh_cpu=mesh, **{**SERVER_ARGS, **server_args})
 
 
 def greedy(engine: SpmdEngine) -> list[list[int]]:
@@ -147,7 +147,107 @@ def sources(path: str) -> None:
     assert dict(os.environ) == environment
 
 
-SCENARIOS: dict[str, Any] = {"update": update, "sources": sources}
+def free_bytes() -> int:
+    """Free memory of this rank's GPU, whoever has the rest."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+def sleep(path: str, tp: int) -> None:
+    """Memory really comes back, also the trainer's; CUDA graphs and plans survive; cycles leave nothing behind."""
+    pausable_graphs = "SGLANG_MEMORY_SAVER_CUDA_GRAPH" in os.environ
+    kv_tokens, cycles, slack = 1_000_000, 20, 64 << 20
+    kv_bytes = kv_tokens * SHAPE["num_hidden_layers"] * 2 * (2 // tp) * SHAPE["head_dim"] * 2  # two KV heads, bfloat16
+    arguments = {
+        "enable_memory_saver": True,
+        "max_total_tokens": kv_tokens,
+        "disable_cuda_graph": False,
+        "cuda_graph_max_bs_decode": 8,
+    }
+    with make_engine(path, tp, **arguments) as engine:
+        model = make_trainer("qwen2", seed=2)
+        first = engine.update_weights(model, verify=True)
+        assert first.planned and first.wrong_elements == 0
+        tokens, checksums = greedy(engine), engine.weight_checksums()
+
+        held = {}
+        for tag in ("weights", "kv_cache", "cuda_graph"):
+            before = free_bytes()
+            engine.release_memory_occupation([tag])
+            held[tag] = free_bytes() - before
+            print(f"release of {tag}: {held[tag] / 2**20:.1f} MiB")
+        assert held["kv_cache"] >= 0.95 * kv_bytes, (held, kv_bytes)
+        assert held["weights"] >= first.local_bytes + first.remote_bytes, (held, first)
+        assert held["cuda_graph"] > 0 or not pausable_graphs, held
+        with pytest.raises(errors.MemoryOccupationError, match="everything is released already"):
+            engine.sleep()
+        with pytest.raises(errors.AsleepError, match="before generate"):
+            greedy(engine)
+        with pytest.raises(errors.AsleepError, match="before update_weights"):
+            engine.update_weights(model)
+
+        # No memory to wake up with.
+        hog = torch.empty(free_bytes() - (256 << 20), dtype=torch.uint8, device="cuda")
+        with pytest.raises(errors.MemoryOccupationError, match="GiB free"):
+            engine.wake_up()
+        assert engine.sleeping == ("weights", "kv_cache", "cuda_graph")
+        del hog
+        asleep = free_bytes()
+
+        # The staged wake: no KV cache while the weights move.
+        engine.resume_memory_occupation(["weights"])
+        with pytest.raises(errors.AsleepError, match="before generate"):
+            greedy(engine)
+        stats = engine.update_weights(model, verify=True)
+        assert not stats.planned and stats.wrong_elements == 0
+        assert asleep - free_bytes() < held["weights"] + slack
+        engine.wake_up()
+        assert greedy(engine) == tokens and engine.weight_checksums() == checksums
+
+        free = {}
+        for cycle in range(cycles):
+            engine.sleep()
+            asleep = free_bytes()
+            engine.resume_memory_occupation(["weights"])
+            if cycle == 0:
+                engine.resume_memory_occupation(["kv_cache", "cuda_graph"])
+                with pytest.raises(errors.WeightsInconsistentError, match="call update_weights"):
+                    greedy(engine)
+            stats = engine.update_weights(model)
+            assert not stats.planned
+            if cycle > 0:
+                engine.wake_up()
+            assert greedy(engine) == tokens
+            free[cycle] = (asleep, free_bytes())
+            if cycle == 1:
+                print(f"update after a wake: bind {stats.bind_s * 1e3:.1f} ms, total {stats.total_s * 1e3:.1f} ms")
+        assert engine.weight_checksums() == checksums
+        print(f"free MiB asleep and awake: {[(a >> 20, b >> 20) for a, b in free.values()]}")
+        for early, late in zip(free[1], free[cycles - 1], strict=True):
+            assert early - late < slack, free
+
+        # What the trainer has freed is free once the engine is asked for memory, though the engine had it mapped.
+        weights = {name: tensor.full_tensor().detach() for name, tensor in model.state_dict().items()}
+        before = free_bytes()
+        mixed = in_expandable_segments(weights, 1)
+        assert engine.update_weights(mixed, verify=True).wrong_elements == 0
+        mixed.clear()
+        pinned = before - free_bytes()
+        engine.release_memory_occupation(["kv_cache"])
+        gained = free_bytes() - before
+        print(f"freed by the trainer but mapped by the engine: {pinned / 2**20:.1f} MiB")
+        assert gained >= held["kv_cache"] - slack, (gained, held)
+        mixed = in_expandable_segments(weights, 1)
+        stats = engine.update_weights(mixed, verify=True)
+        assert not stats.planned and stats.wrong_elements == 0
+        mixed.clear()
+        engine.wake_up()
+        assert free_bytes() >= before - slack
+        assert greedy(engine) == tokens and engine.weight_checksums() == checksums
+
+
+SCENARIOS: dict[str, Any] = {"update": update, "sources": sources, "sleep": sleep}
 
 
 def main() -> None:

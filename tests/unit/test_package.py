@@ -11,7 +11,7 @@ import pytest
 
 import spmd_engine
 from spmd_engine import errors
-from spmd_engine.process import child_environment
+from spmd_engine.process import child_environment, memory_saver_library
 
 PROBE = """
 import json, os, sys, time, threading
@@ -91,6 +91,21 @@ def test_child_environment_on_cpu_asks_for_our_platform_by_name():
     assert made["SGLANG_PLATFORM"] == "spmd_engine" and made["CUDA_VISIBLE_DEVICES"] == ""
     assert len(made["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
     assert "SGLANG_PLATFORM" not in make({"SGLANG_PLATFORM": "spmd_engine"})
+
+
+def test_child_environment_preloads_the_memory_saver():
+    environ = {"LD_PRELOAD": "/lib/other.so"}
+    assert make(environ, preload="/lib/saver.so")["LD_PRELOAD"] == "/lib/saver.so:/lib/other.so"
+    assert make({}, preload="/lib/saver.so")["NCCL_GRAPH_REGISTER"] == "0"
+    assert make(environ)["LD_PRELOAD"] == "/lib/other.so" and environ == {"LD_PRELOAD": "/lib/other.so"}
+    assert "LD_PRELOAD" not in make({}) and "NCCL_GRAPH_REGISTER" not in make({})
+
+
+def test_a_missing_memory_saver_is_named(monkeypatch):
+    assert os.path.isfile(memory_saver_library()) and "LD_PRELOAD" not in os.environ
+    monkeypatch.setitem(sys.modules, "torch_memory_saver.utils", None)
+    with pytest.raises(errors.ConfigError, match="pip install torch-memory-saver"):
+        memory_saver_library()
 
 
 def test_the_platform_plug_in_stays_out_of_other_programs(monkeypatch):

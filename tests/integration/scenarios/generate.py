@@ -103,6 +103,10 @@ def bad_requests(context: Any, path: str) -> dict[str, Any]:
         refused(invalid, "n must be an integer", input_ids=[1], sampling_params={"n": 0})
         refused(invalid, "stop=.* is unavailable", input_ids=[1], sampling_params={"stop": "x"})
         refused(invalid, "grammar backend", input_ids=[1], sampling_params={"regex": "a+"})
+        for call in (engine.sleep, engine.wake_up, lambda: engine.release_memory_occupation(["kv_cache"])):
+            with pytest.raises(errors.MemoryOccupationError, match="enable_memory_saver=True"):
+                call()
+            assert engine.sleeping == () and greedy(engine) == tokens
 
         mismatch = errors.CollectiveMismatchError
         refused(mismatch, "rank 0.*rank 1", input_ids=[1, 2, context.rank], sampling_params=GREEDY)

@@ -1,0 +1,144 @@
+"""The scheduler process's side of sleep and wake: what sleeps, what may be done meanwhile, and in what steps.
+
+Every order is checked here, on all ranks alike, before SGLang hears of it: the memory saver ends the process when it is
+asked to pause what is paused, and touching what is paused is an illegal access.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from spmd_engine.channel import Start
+from spmd_engine.errors import MEMORY_TAGS, AsleepError, MemoryOccupationError, SpmdEngineError
+from spmd_engine.scheduler import adapter
+
+# The order in which SGLang's own handlers release; they resume in the opposite one.
+_RELEASE_ORDER = ("kv_cache", "weights", "cuda_graph")
+assert sorted(_RELEASE_ORDER) == sorted(MEMORY_TAGS)
+
+Barrier = Callable[[dict[str, Any]], list[dict[str, Any]]]
+
+
+class MemoryKeeper:
+    """Owns the answer to which memory of one scheduler process sleeps.
+
+    Args:
+        scheduler: SGLang's.
+        start: as it came from the trainer rank.
+        device: of the engine's parameters.
+    """
+
+    def __init__(self, scheduler: Any, start: Start, device: torch.device) -> None:
+        self._scheduler, self._rank, self._device = scheduler, start.rank, device
+        self._is_enabled = bool(start.server_args.get("enable_memory_saver"))
+        self.keeps_weights = bool(start.server_args.get("enable_weights_cpu_backup"))
+        self._freed: dict[str, int] = {}  # bytes that each sleeping tag gave back
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # small tensors beside the weights, and their copies
+
+    @property
+    def sleeping(self) -> tuple[str, ...]:
+        """The tags that sleep."""
+        return tuple(tag for tag in MEMORY_TAGS if tag in self._freed)
+
+    def refusal(self, kind: str, payload: Any) -> SpmdEngineError | None:
+        """Why a call cannot be made now; the same on all ranks that made the same calls so far."""
+        if kind in ("release_memory_occupation", "resume_memory_occupation"):
+            return self._order_refusal(kind, payload)
+        needs = {"generate": MEMORY_TAGS, "update_weights": ("weights",), "weight_checksums": ("weights",)}
+        asleep = [tag for tag in needs.get(kind, ()) if tag in self._freed]
+        if asleep:
+            return AsleepError(f"{_names(asleep)} released: call resume_memory_occupation({asleep}) before {kind}")
+        return None
+
+    def _order_refusal(self, kind: str, tags: Sequence[str] | None) -> SpmdEngineError | None:
+        if not self._is_enabled:
+            return MemoryOccupationError(
+                f"{kind} needs an engine with the memory saver: SpmdEngine(..., enable_memory_saver=True)"
+            )
+        releases = kind == "release_memory_occupation"
+        if tags is None:
+            if releases and len(self._freed) == len(MEMORY_TAGS):
+                return MemoryOccupationError("everything is released already: call resume_memory_occupation first")
+            if not releases and not self._freed:
+                return MemoryOccupationError("nothing is released, so there is nothing to resume")
+            return None
+        wrong = [tag for tag in tags if (tag in self._freed) == releases]
+        if not wrong:
+            return None
+        if releases:
+            return MemoryOccupationError(f"{_names(wrong)} released already: release only what is awake")
+        return MemoryOccupationError(
+            f"{_names(wrong)} not released: resume only what sleeps, now {list(self.sleeping) or 'nothing'}"
+        )
+
+    def release(self, tags: Sequence[str] | None, barrier: Barrier) -> list[str]:
+        """Give the memory of `tags` back, None for all that is awake. Returns the tags that this released.
+
+        Args:
+            barrier: all-gather over the replica; when it returns here, the memory of all its ranks is free.
+        """
+        wanted = [tag for tag in _RELEASE_ORDER if tag not in self._freed and (tags is None or tag in tags)]
+        self._settle()
+        for tag in wanted:
+            if tag == "weights":
+                constants = adapter.unregistered_constants(self._scheduler)
+                self._kept = [(tensor, tensor.detach().cpu().clone()) for tensor in constants]
+            before = self._free_bytes()
+            adapter.release_memory(self._scheduler, tag)
+            self._freed[tag] = max(0, self._free_bytes() - before)
+        barrier({})
+        return wanted
+
+    def resume(self, tags: Sequence[str] | None, barrier: Barrier) -> None:
+        """Take the memory of `tags` again, None for all that sleeps.
+
+        Args:
+            barrier: all-gather over the replica.
+
+        Raises:
+            MemoryOccupationError: a rank has not enough free memory; all still sleeps.
+        """
+        wanted = [tag for tag in reversed(_RELEASE_ORDER) if tag in self._freed and (tags is None or tag in tags)]
+        self._settle()
+        barrier({})  # from here on no rank maps memory of the trainers any more, so what they freed is free
+        self._check_free(wanted, barrier)
+        for tag in wanted:
+            adapter.resume_memory(self._scheduler, tag)
+            del self._freed[tag]
+            if tag == "weights":
+                with torch.inference_mode():
+                    for tensor, copy in self._kept:
+                        tensor.copy_(copy)
+                self._kept = []
+        barrier({})
+
+    def _check_free(self, tags: list[str], barrier: Barrier) -> None:
+        """Refuse, on all ranks, what the memory saver of one would end its process for."""
+        needed, free = sum(self._freed[tag] for tag in tags), self._free_bytes()
+        shortage = None
+        if free < needed:
+            shortage = (
+                f"rank {self._rank} needs {needed / 2**30:.2f} GiB for {tags} and {self._device} has only "
+                f"{free / 2**30:.2f} GiB free: free memory of the trainer (then torch.cuda.empty_cache()) and call "
+                "resume_memory_occupation again; nothing was resumed"
+            )
+        for answer in barrier({"shortage": shortage}):
+            if answer["shortage"] is not None:
+                raise MemoryOccupationError(answer["shortage"])
+
+    def _settle(self) -> None:
+        """Let all kernels end, and give back what torch only caches."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+
+    def _free_bytes(self) -> int:
+        """Free memory of the device; on the CPU, where pages come as they are touched, always 0."""
+        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else 0
+
+
+def _names(tags: Sequence[str]) -> str:
+    return f"{' and '.join(tags)} {'is' if len(tags) == 1 else 'are'}"

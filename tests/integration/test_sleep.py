@@ -1,0 +1,28 @@
+"""Releasing memory and taking it again, in legal and illegal orders."""
+
+from __future__ import annotations
+
+import pytest
+
+from integration.jobs import run_job
+from integration.scenarios.sleep import SHAPE
+
+
+def test_legal_and_illegal_orders(tmp_path, checkpoint):
+    values = run_job("sleep.sleep", 2, tmp_path, path=checkpoint("llama", 1, **SHAPE)).values
+    for value in values:
+        for tag, (freed, held) in value.items():
+            assert 0.9 * held < freed < 1.2 * held, f"{tag}: {freed} bytes came back of {held}"
+
+
+@pytest.mark.parametrize("name", ["gemma", "qwen3_moe", "deepseek_v2"])
+def test_other_architectures(tmp_path, checkpoint, name):
+    run_job("sleep.other_architectures", 2, tmp_path, name=name, path=checkpoint(name, 1))
+
+
+def test_weights_with_a_backup(tmp_path, checkpoint):
+    run_job("sleep.with_backup", 1, tmp_path, path=checkpoint("qwen2", 1))
+
+
+def test_one_of_two_replicas_sleeps(tmp_path, checkpoint):
+    run_job("sleep.two_replicas", 2, tmp_path, path=checkpoint("qwen2", 1))
