@@ -251,6 +251,10 @@ def _use_cpu_memory_saver(scheduler: Any, *, keeps_weights: bool) -> None:
     if not keeps_weights:
         tensors["weights"] = lambda: [tensor for _, tensor in _tensors_of(model_of(scheduler))]
     scheduler.weight_updater.memory_saver_adapter = CpuMemorySaver(tensors, lost=("weights",))
+    # SGLang's handler synchronises torch's default device: since torch 2.14 that is a GPU wherever torch is built for
+    # one, even if there is none.
+    default = torch.get_device_module
+    torch.get_device_module = lambda device=None: default("cpu" if device is None else device)  # type: ignore[assignment]
 
 
 def refresh_derived(model: torch.nn.Module) -> None:
