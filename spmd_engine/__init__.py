@@ -26,7 +26,7 @@ from spmd_engine.errors import (
 
 if TYPE_CHECKING:
     from spmd_engine.engine import SpmdEngine
-    from spmd_engine.stats import UpdateStats
+    from spmd_engine.stats import EngineStats, UpdateStats
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "ConfigError",
     "EngineBusyError",
     "EngineClosedError",
+    "EngineStats",
     "InvalidRequestError",
     "MemoryOccupationError",
     "PlanError",
@@ -56,8 +57,8 @@ def __getattr__(name: str) -> Any:
         from spmd_engine.engine import SpmdEngine
 
         return SpmdEngine
-    if name == "UpdateStats":
-        from spmd_engine.stats import UpdateStats
+    if name in ("EngineStats", "UpdateStats"):
+        from spmd_engine import stats
 
-        return UpdateStats
+        return getattr(stats, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from spmd_engine.caller import Caller
 from spmd_engine.channel import Coming, Ready
 from spmd_engine.errors import MEMORY_TAGS, MemoryOccupationError
 from spmd_engine.startup import Startup, mesh_ranks
-from spmd_engine.stats import UpdateStats
+from spmd_engine.stats import EngineStats, UpdateStats
 from spmd_engine.updates import WeightUpdates
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class SpmdEngine:
         self._ranks, self.tp_rank = mesh_ranks(device_mesh_cpu)
         self._model_path, self._server_args = os.fspath(model_path), server_args
         self._timeout_s, self._log_dir = timeout_s, log_dir
-        self._version = 0
+        self._stats = EngineStats()
         self._start(is_restart=False)
 
     def _start(self, *, is_restart: bool) -> None:
@@ -74,12 +74,17 @@ class SpmdEngine:
             ranks=self._ranks,
             rank=rank,
             timeout_s=self._timeout_s,
-            weight_version=self._version,
+            weight_version=self._stats.weight_version,
             is_restart=is_restart,
         )
         self._process = startup.start(self._log_dir)
-        self._version, self._tokenizer = startup.weight_version, startup.tokenizer
-        self._sleeping: tuple[str, ...] = ()
+        self._tokenizer = startup.tokenizer
+        self._stats = replace(
+            self._stats,
+            weight_version=startup.weight_version,
+            restarts=self._stats.restarts + is_restart,
+            sleeping=(),
+        )
         self._spin_s = 0.0 if startup.on_cpu else _SPIN_S
         self._caller = Caller(rank, self._process, startup.rendezvous, self._timeout_s)
         self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s)
@@ -101,12 +106,12 @@ class SpmdEngine:
     @property
     def weight_version(self) -> int:
         """Number of weight updates committed so far; 0 is what SGLang loaded at the start."""
-        return self._version
+        return self._stats.weight_version
 
     @property
     def sleeping(self) -> tuple[str, ...]:
         """Tags of the memory that is released now."""
-        return self._sleeping
+        return self._stats.sleeping
 
     @property
     def tokenizer(self) -> Any:
@@ -117,6 +122,10 @@ class SpmdEngine:
     def scheduler_pid(self) -> int:
         """Process id of this rank's scheduler process."""
         return self._process.pid
+
+    def stats(self) -> EngineStats:
+        """What this engine has done so far. Local to this rank; may be called at any time."""
+        return self._stats
 
     # ---- collective calls ----
 
@@ -171,6 +180,7 @@ class SpmdEngine:
             )
             return (requests, single), f"generate({len(requests)} sequences)"
 
+        started = time.monotonic()
         (requests, single), outputs = self._caller.call("generate", prepare, as_payload=lambda made: made[0])
         results = req.format_outputs(
             requests,
@@ -179,6 +189,7 @@ class SpmdEngine:
             tokenizer=self._tokenizer,
             return_text_in_logprobs=return_text_in_logprobs,
         )
+        self._stats = self._stats.with_rollout(results, time.monotonic() - started)
         return results[0] if single else results
 
     def flush_cache(self) -> None:
@@ -194,7 +205,7 @@ class SpmdEngine:
         records and plans, later ones with the same layout reuse the plan. The prefix cache is dropped.
 
         Args:
-            source: an `nn.Module` (plain, or sharded by FSDP2's `fully_shard`), or a mapping from Hugging Face names
+            source: an `nn.Module` (plain, or sharded by FSDP1 or FSDP2), or a mapping from Hugging Face names
                 to tensors or DTensors. Floating-point weights are cast to the engine's dtype on the way.
             verify: compare every element after the copy and count those that differ. Weights that take the model's own
                 loader (`fallback_weights`) are compared as that loader gets them.
@@ -225,9 +236,9 @@ class SpmdEngine:
             spin_s=self._spin_s,
         )
         self._updates.committed(made)
-        stats: UpdateStats = value
-        self._version = stats.weight_version
-        return replace(stats, describe_s=made.describe_s, total_s=time.monotonic() - started)
+        update: UpdateStats = replace(value, describe_s=made.describe_s, total_s=time.monotonic() - started)
+        self._stats = self._stats.with_update(update)
+        return update
 
     def weight_checksums(self) -> dict[str, str]:
         """Digests of the bytes of all parameters and buffers of this rank's SGLang model, by SGLang's names.
@@ -291,7 +302,8 @@ class SpmdEngine:
             return _check_tags(tags), f"{kind}({'' if tags is None else list(tags)})"
 
         self._updates.forget_places()
-        _, self._sleeping = self._caller.call(kind, prepare)
+        _, sleeping = self._caller.call(kind, prepare)
+        self._stats = replace(self._stats, sleeping=sleeping)
 
     # ---- life ----
 

@@ -1,8 +1,9 @@
-"""What `SpmdEngine.update_weights` reports."""
+"""What `SpmdEngine.update_weights` and `SpmdEngine.stats` report."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,65 @@ class UpdateStats:
     device_s: float = 0.0
     commit_s: float = 0.0
     total_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has done since it was made, restarts included, as this rank saw it.
+
+    Attributes:
+        weight_version: the version that serves, or that served last.
+        restarts: how often it was restarted.
+        sleeping: tags of the memory that is released now.
+        rollouts: `generate` calls that returned.
+        generate_s: seconds of these calls.
+        sequences, prompt_tokens, completion_tokens: what they took and made; `n > 1` counts a prompt n times.
+        cached_tokens: prompt tokens that the prefix cache had.
+        updates: weight updates committed.
+        update_s: seconds of these calls.
+        local_bytes, remote_bytes: what the updates read, as in UpdateStats.
+        last_update: the last of them.
+    """
+
+    weight_version: int = 0
+    restarts: int = 0
+    sleeping: tuple[str, ...] = ()
+    rollouts: int = 0
+    generate_s: float = 0.0
+    sequences: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    updates: int = 0
+    update_s: float = 0.0
+    local_bytes: int = 0
+    remote_bytes: int = 0
+    last_update: UpdateStats | None = None
+
+    def with_rollout(self, results: list[dict[str, Any]], seconds: float) -> EngineStats:
+        """These, and one more rollout."""
+
+        def total(name: str) -> int:
+            return sum(result["meta_info"][name] for result in results)
+
+        return replace(
+            self,
+            rollouts=self.rollouts + 1,
+            generate_s=self.generate_s + seconds,
+            sequences=self.sequences + len(results),
+            prompt_tokens=self.prompt_tokens + total("prompt_tokens"),
+            completion_tokens=self.completion_tokens + total("completion_tokens"),
+            cached_tokens=self.cached_tokens + total("cached_tokens"),
+        )
+
+    def with_update(self, update: UpdateStats) -> EngineStats:
+        """These, and one more weight update."""
+        return replace(
+            self,
+            weight_version=update.weight_version,
+            updates=self.updates + 1,
+            update_s=self.update_s + update.total_s,
+            local_bytes=self.local_bytes + update.local_bytes,
+            remote_bytes=self.remote_bytes + update.remote_bytes,
+            last_update=update,
+        )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -39,3 +40,12 @@ def reference(checkpoint: Save, tmp_path_factory: pytest.TempPathFactory) -> Ref
         return run_job("weights.reference", tp, directory, path=checkpoint(name, 2), tp=tp, generates=generates).values
 
     return run
+
+
+@pytest.fixture
+def leaves_nothing(tmp_path):
+    """After the test there is nothing new in /dev/shm, and nothing in the temporary directory of its job."""
+    shared = set(os.listdir("/dev/shm"))
+    yield
+    assert set(os.listdir("/dev/shm")) - shared == set()
+    assert os.listdir(tmp_path / "tmp") == []

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import psutil
 import pytest
 
 from integration.jobs import run_job
-
-
-@pytest.fixture
-def leaves_nothing(tmp_path):
-    """After the test there is nothing new in /dev/shm, and nothing in the temporary directory of its job."""
-    shared = set(os.listdir("/dev/shm"))
-    yield
-    assert set(os.listdir("/dev/shm")) - shared == set()
-    assert os.listdir(tmp_path / "tmp") == []
 
 
 def test_the_trainer_process_stays_as_it_was(tmp_path, checkpoint, leaves_nothing):

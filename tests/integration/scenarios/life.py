@@ -164,8 +164,14 @@ def restart(context: Any, path: str, tp: int) -> dict[str, Any]:
         engine.shutdown()
         engine.restart()
         engine.restart()
-        assert engine.update_weights(model, verify=True).weight_version == 3
+        last = engine.update_weights(model, verify=True)
+        assert last.weight_version == 3
         assert greedy(engine) == tokens
+        stats = engine.stats()
+        assert (stats.weight_version, stats.restarts, stats.updates, stats.rollouts) == (3, 3, 3, 3)
+        assert stats.last_update == last and stats.local_bytes == 3 * last.local_bytes and stats.update_s > last.total_s
+        assert stats.sequences == 3 * len(PROMPTS) and stats.prompt_tokens == 3 * sum(map(len, PROMPTS))
+        assert stats.completion_tokens == 9 * GREEDY["max_new_tokens"] and stats.generate_s > 0
     with pytest.raises(errors.EngineClosedError):
         greedy(engine)
     assert psutil.Process().children(recursive=True) == []
