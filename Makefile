@@ -39,7 +39,7 @@ test: $(TEST_ENV)/.ready
 	$(BIN)/python -m pytest -m "not gpu and not multigpu" tests
 
 test-integration: $(TEST_ENV)/.ready
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest tests/integration $(ARGS)
 
 lint: $(TEST_ENV)/.ready
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import pytest
 
 from integration.jobs import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.one_version]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "weight_sync.py"
 

@@ -11,6 +11,7 @@ from integration.scenarios.chaos import STEPS
 
 
 @pytest.mark.slow
+@pytest.mark.one_version
 def test_random_faults(tmp_path, checkpoint, leaves_nothing):
     steps, seed = int(os.environ.get("CHAOS_STEPS", len(STEPS))), int(os.environ.get("CHAOS_SEED", 1))
     timeout_s = 120.0 + 30.0 * steps

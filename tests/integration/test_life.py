@@ -33,6 +33,7 @@ def test_kill_of_a_scheduler_process(tmp_path, checkpoint, leaves_nothing, durin
     run_job("life.kill_scheduler", 2, tmp_path, path=checkpoint("qwen2", 1), during=during)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("tp", [1, 2])
 def test_restart_after_a_death(tmp_path, checkpoint, leaves_nothing, tp):
     run_job("life.restart", 2, tmp_path, path=checkpoint("qwen2", 1), tp=tp)
