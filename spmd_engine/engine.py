@@ -311,8 +311,8 @@ class SpmdEngine:
         """Start new scheduler processes in place of those that died, or of those that run.
 
         Collective over the ranks of this replica. SGLang loads its checkpoint again, and `generate` refuses until the
-        next `update_weights`, which plans anew. An update over several replicas ends all of them when a process dies:
-        restart each of them.
+        next `update_weights`, which plans anew. Replicas that have been updated together are linked: when a process of
+        one dies, all of them end, and a restart of one must be one of all.
 
         Raises:
             All that making a SpmdEngine raises; it may be tried again.

@@ -48,10 +48,11 @@ class Probe:
         return self._look(source) == self._seen
 
     def _look(self, source: Any) -> bytes | None:
-        """What is there now; None for another module, or if some of its modules are gone."""
-        if self._source is None:
-            return _native.snapshot([], source, self._sharded_type)
+        """What is there now; None for another module, if some of its modules are gone, or if it cannot be told."""
         modules = [module() for module in self._modules]
-        if self._source() is not source or None in modules:
+        if (self._source is not None and self._source() is not source) or None in modules:
             return None
-        return _native.snapshot(modules, {}, self._sharded_type)
+        try:
+            return _native.snapshot(modules, source if self._source is None else {}, self._sharded_type)
+        except Exception:  # TorchScript's modules have no registries, and some tensors no address
+            return None

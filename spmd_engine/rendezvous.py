@@ -6,7 +6,6 @@ watch for other news.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -22,9 +21,10 @@ import torch.distributed as dist
 
 from spmd_engine import links
 from spmd_engine.channel import LinkAddress
-from spmd_engine.errors import CollectiveTimeoutError, ConfigError, SchedulerDiedError
+from spmd_engine.errors import CollectiveTimeoutError, ConfigError, ErrorReport, SchedulerDiedError
 
 _POLL_S = 0.005
+_STORE_S = 5.0
 _counters: dict[str, int] = {}
 
 
@@ -76,13 +76,14 @@ class Rendezvous:
                 "torch.distributed is not initialized: call init_process_group() (start the script with torchrun, "
                 "or set MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE) before SpmdEngine"
             )
-        name = f"spmd_engine/{purpose}/{digest_ranks(ranks)}"
         self.ranks, self.rank = ranks, rank
-        # The n-th of these ranks for this purpose, on each of them. One at which some rank did not come does not
-        # count: that rank may not even have known of it.
-        count = _counters.get(name, 0)
-        self._name = name
-        self._store = dist.PrefixStore(f"{name}/{count}", dist.distributed_c10d._get_default_store())
+        self._name = f"spmd_engine/{purpose}/{digest_ranks(ranks)}"
+        self._root = dist.distributed_c10d._get_default_store()
+        self._number = _counters.get(self._name, 0)
+
+    @property
+    def _store(self) -> dist.Store:
+        return dist.PrefixStore(f"{self._name}/{self._number}", self._root)
 
     def post(self, key: str, value: dict[str, Any]) -> None:
         """Leave word for the other ranks.
@@ -116,27 +117,53 @@ class Rendezvous:
             rank=0,
         )
 
-    def collect(self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None]) -> list[dict[str, Any]]:
+    def _collect(self, note: dict[str, Any], timeout_s: float, watch: Callable[[], None]) -> list[dict[str, Any]]:
         """Post `note` and wait for the notes of all ranks, in their order; `watch` runs in between and may raise.
+
+        Meetings are numbered. Each is decided once, for all ranks that take part in it: one rank finds all notes, and
+        then all have met, or one gives up, and then nobody has. Who comes later goes on to the next number.
 
         Raises:
             CollectiveTimeoutError: a rank did not come.
             SchedulerDiedError: the store is gone.
+            SpmdEngineError: of the kind for which another rank gave up.
         """
+        while self.poll("outcome") is not None:
+            self._number += 1
         self.post(f"note/{self.rank}", note)
         try:
-            return self._gather(timeout_s, watch)
-        except BaseException:
-            # A rank that comes too late must not take this note for an answer.
-            with contextlib.suppress(Exception):
-                self._store.delete_key(f"note/{self.rank}")
-            raise
+            notes = self._gather(timeout_s, watch)
+            outcome = self._decide({"met": True})
+        except BaseException as error:
+            gives_up = {"met": False, "kind": type(error).__name__, "message": str(error), "rank": self.rank}
+            outcome = bounded(lambda: self._decide(gives_up), timeout_s=_STORE_S)
+            if not (outcome and outcome["met"] and isinstance(error, CollectiveTimeoutError)):
+                raise
+            notes = self._gather(_STORE_S, lambda: None)  # the others have found all of them meanwhile
+        finally:
+            _counters[self._name] = self._number + 1
+        self._raise_if_given_up(outcome)
+        return notes
+
+    def _raise_if_given_up(self, outcome: dict[str, Any] | None) -> None:
+        if outcome is not None and not outcome["met"]:
+            message = f"rank {self.rank} waits no longer for ranks {list(self.ranks)}: {outcome['message']}"
+            raise ErrorReport(outcome["kind"], message, outcome["rank"]).to_exception()
+
+    def _decide(self, proposal: dict[str, Any]) -> dict[str, Any]:
+        """What this meeting comes to: the first proposal counts."""
+        try:
+            decided: dict[str, Any] = json.loads(self._store.compare_set("outcome", "", json.dumps(proposal)))
+        except dist.DistError as error:
+            raise self._store_gone(error) from error
+        return decided
 
     def _gather(self, timeout_s: float, watch: Callable[[], None]) -> list[dict[str, Any]]:
         deadline = time.monotonic() + timeout_s
         notes = []
         for rank in self.ranks:
             while (found := self.poll(f"note/{rank}")) is None:
+                self._raise_if_given_up(self.poll("outcome"))
                 watch()
                 if time.monotonic() > deadline:
                     raise CollectiveTimeoutError(
@@ -159,7 +186,7 @@ class Rendezvous:
             posted["port"] = free_port(host)
             posted["link"] = {"port": listener.getsockname()[1], "token": secrets.token_hex(16)}
         try:
-            notes = self.collect(posted, timeout_s=timeout_s, watch=watch)
+            notes = self._collect(posted, timeout_s, watch)
         except BaseException:
             if listener is not None:
                 listener.close()
@@ -172,7 +199,6 @@ class Rendezvous:
             token=first["link"]["token"],
             listener_fd=listener.detach() if listener is not None else -1,
         )
-        _counters[self._name] = _counters.get(self._name, 0) + 1
         return Meeting(notes=notes, link=link)
 
 

@@ -104,7 +104,7 @@ class Startup:
         """
         given = {"model_path": self._model_path, **self._server_args}
         note: dict[str, Any] = {"digest": digest(given), "arguments": repr(given)[:500], "refusal": None}
-        note["version"] = self.weight_version
+        note.update(version=self.weight_version, is_restart=self._is_restart)
         refusal: ConfigError | None = None
         log: IO[bytes] | None = None
         try:
@@ -126,6 +126,7 @@ class Startup:
             gpus = visible_gpus(self._ranks, [note["gpu"] for note in meeting.notes])
             undo.pop_all()
         self.weight_version = max(note["version"] for note in meeting.notes)
+        self._is_restart = any(note["is_restart"] for note in meeting.notes)
         assert log is not None
         return self._spawn(meeting, gpus, log)
 

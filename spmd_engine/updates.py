@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from spmd_engine import _native
 from spmd_engine.channel import Descriptors
@@ -78,8 +79,8 @@ class WeightUpdates:
             described = self._reader.read(source)
             memory = self._export(described)
             holders = set(described.layout.ranks())
-        except PlanError as error:
-            refusal, holders = error, ranks_of(source)
+        except Exception as error:  # of whatever kind: the other ranks wait
+            refusal, holders = error, _holders_of(source)
         ranks = tuple(sorted({*self._replica, *holders}))
         self.last_ranks = self._replica if set(ranks) == set(self._replica) else ranks
         # Ranks of other replicas may be waiting to link: they must hear of a refusal, too.
@@ -117,11 +118,11 @@ class WeightUpdates:
         self._known.add(request.payload["key"])
         self._last = (request.payload["key"], request.memory)
 
-    def _link(self, ranks: tuple[int, ...], refusal: PlanError | None, watch: Callable[[], None]) -> None:
+    def _link(self, ranks: tuple[int, ...], refusal: Exception | None, watch: Callable[[], None]) -> None:
         """Connect the scheduler processes of all ranks that hold shards, once for each set of ranks."""
         if ranks in self._linked:
             return
-        note = {"refusal": None if refusal is None else str(refusal)}
+        note = {"refusal": None if refusal is None else f"{type(refusal).__name__}: {refusal}"}
         meeting = Rendezvous(ranks, self._rank, "update").meet(note, timeout_s=self._timeout_s, watch=watch)
         fd = meeting.link.listener_fd
         if len({note["node"] for note in meeting.notes}) > 1:
@@ -177,6 +178,14 @@ class WeightUpdates:
                 raise TransferError(
                     f"rank {self._rank} could not pass its shards' memory to its scheduler process: {error}"
                 ) from error
+
+
+def _holders_of(source: object) -> set[int]:
+    """The ranks that hold `source`, as far as it can be told of one that was refused; else all that there are."""
+    try:
+        return ranks_of(source)
+    except Exception:
+        return set(range(dist.get_world_size()))
 
 
 def _plain(layout: SourceLayout) -> list[Any]:

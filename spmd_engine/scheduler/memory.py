@@ -6,6 +6,7 @@ asked to pause what is paused, and touching what is paused is an illegal access.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from spmd_engine.errors import MEMORY_TAGS, AsleepError, MemoryOccupationError, 
 from spmd_engine.scheduler import adapter
 
 # The order in which SGLang's own handlers release; they resume in the opposite one.
+_OTHERS_S = 3.0
 _RELEASE_ORDER = ("kv_cache", "weights", "cuda_graph")
 assert sorted(_RELEASE_ORDER) == sorted(MEMORY_TAGS)
 
@@ -82,6 +84,7 @@ class MemoryKeeper:
         """
         wanted = [tag for tag in _RELEASE_ORDER if tag not in self._freed and (tags is None or tag in tags)]
         self._settle()
+        barrier({})  # what other ranks had mapped and close just now must not be counted below
         for tag in wanted:
             if tag == "weights":
                 constants = adapter.unregistered_constants(self._scheduler)
@@ -103,7 +106,7 @@ class MemoryKeeper:
         """
         wanted = [tag for tag in reversed(_RELEASE_ORDER) if tag in self._freed and (tags is None or tag in tags)]
         self._settle()
-        barrier({})  # from here on no rank maps memory of the trainers any more, so what they freed is free
+        barrier({})  # from here on no rank of this replica maps memory of the trainers, so what they freed is free
         self._check_free(wanted, barrier)
         for tag in wanted:
             adapter.resume_memory(self._scheduler, tag)
@@ -118,6 +121,10 @@ class MemoryKeeper:
     def _check_free(self, tags: list[str], barrier: Barrier) -> None:
         """Refuse, on all ranks, what the memory saver of one would end its process for."""
         needed, free = sum(self._freed[tag] for tag in tags), self._free_bytes()
+        deadline = time.monotonic() + _OTHERS_S
+        while free < needed and time.monotonic() < deadline:  # other replicas may still map what this trainer freed
+            time.sleep(0.02)
+            free = self._free_bytes()
         shortage = None
         if free < needed:
             shortage = (

@@ -132,7 +132,8 @@ class WeightsKeeper:
         self.inspect()
         prepared = self._prepared.get(key)
         is_bound = prepared is not None and prepared.is_bound
-        return {"is_new": prepared is None, "is_bound": is_bound, "memory": described}, places
+        news = {"is_new": prepared is None, "is_bound": is_bound, "memory": described, "version": self.version}
+        return news, places
 
     def update(
         self, payload: dict[str, Any], frames: list[Frame], exchange: Exchange, *, flush: bool, wait_s: float
@@ -167,7 +168,8 @@ class WeightsKeeper:
         error = self._attempt(lambda: done.append(self._copy(prepared, verify=payload["verify"], flush=flush)))
         copied = time.monotonic()
         self.is_inspected = False
-        self._finish(exchange({"error": error}, b""), ranks)
+        tried = max(state["version"] for state, _ in frames) + 1  # a death at a commit may have left ranks behind
+        self._finish(exchange({"error": error}, b""), ranks, tried)
         device_s, wrong = done[0]
         return UpdateStats(
             weight_version=self.version,
@@ -202,9 +204,9 @@ class WeightsKeeper:
 
         def bind() -> None:
             transfer.check_reachable(memories, self.device)
-            prepared.transfer.bind(memories)
-            if self._handles is not None:
+            if self._handles is not None:  # what has moved is closed before its successor is opened
                 self._handles.keep_only(handle for memory in self._memories.values() for handle in memory.handles)
+            prepared.transfer.bind(memories)
 
         _raise_first(exchange({"error": self._attempt(bind)}, b""), ranks)
         prepared.is_bound = True
@@ -282,8 +284,7 @@ class WeightsKeeper:
             return ["TransferError", f"rank {self._rank}: {type(error).__name__}: {error}"]
         return None
 
-    def _finish(self, frames: list[Frame], ranks: tuple[int, ...]) -> None:
-        tried = self.version + 1
+    def _finish(self, frames: list[Frame], ranks: tuple[int, ...], tried: int) -> None:
         try:
             _raise_first(frames, ranks)
         except SpmdEngineError as error:

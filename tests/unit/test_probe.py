@@ -134,6 +134,11 @@ def test_another_source_and_tensors_that_no_module_registers_are_never_recognise
     assert not Probe(model, [torch.zeros(2)]).holds(model)
 
 
+def test_what_cannot_be_looked_at_is_never_recognised():
+    scripted = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
+    assert not probe_of(scripted).holds(scripted)
+
+
 def test_nothing_is_kept_alive():
     model = nn.Linear(2, 2)
     watched = [weakref.ref(model), weakref.ref(model.weight)]

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor import Shard as TorchShard
 
-from spmd_engine.errors import CollectiveTimeoutError, PlanError
+from spmd_engine.errors import CollectiveTimeoutError, PlanError, SchedulerDiedError
 from spmd_engine.handles import NOWHERE, Exporter, ShardMemory
 from spmd_engine.layout import Mesh, Shard
 from spmd_engine.rendezvous import Rendezvous, bounded, node_identity
@@ -102,11 +102,7 @@ def test_shard_memory_crosses_a_link():
 def test_rendezvous_of_two_ranks_and_of_a_rank_that_never_comes():
     met = []
     ranks = (0, 5)
-    points = [Rendezvous(ranks, 0, "pair"), None]
-    # The counter of meetings is one a process; the second "rank" is a thread of this one.
-    points[1] = Rendezvous.__new__(Rendezvous)
-    points[1].ranks, points[1].rank, points[1]._store = ranks, 5, points[0]._store
-    points[1]._name = points[0]._name
+    points = [Rendezvous(ranks, rank, "pair") for rank in ranks]  # the second "rank" is a thread of this process
     thread = threading.Thread(target=lambda: met.append(points[1].meet({"n": 2}, timeout_s=5.0, watch=lambda: None)))
     thread.start()
     meeting = points[0].meet({"n": 1}, timeout_s=5.0, watch=lambda: None)
@@ -125,6 +121,52 @@ def test_rendezvous_of_two_ranks_and_of_a_rank_that_never_comes():
 
     with pytest.raises(KeyError, match="news"):
         Rendezvous((0, 9), 0, "pair").meet({}, timeout_s=5.0, watch=watch)
+
+
+def test_a_meeting_that_one_rank_gives_up_is_given_up_by_all_and_the_next_one_meets():
+    """Rank 2 comes late, when rank 1 has given up and rank 0 has seen all notes but its own fate."""
+    ranks = (0, 1, 2)
+    news, late = threading.Event(), threading.Event()
+    found: dict[int, object] = {}
+
+    def watch_of(rank):
+        def watch():
+            if rank == 1 and news.wait(0.2):
+                raise SchedulerDiedError("the scheduler process of rank 1 ended", rank=1)
+
+        return watch
+
+    def meet(rank, timeout_s):
+        if rank == 2:
+            late.wait(5.0)
+        try:
+            point = Rendezvous(ranks, rank, "three")
+            found[rank] = [
+                note["n"] for note in point.meet({"n": rank}, timeout_s=timeout_s, watch=watch_of(rank)).notes
+            ]
+        except Exception as error:
+            found[rank] = error
+        if rank == 0:
+            late.set()
+
+    def attempt(timeout_s):
+        found.clear()
+        threads = [threading.Thread(target=meet, args=(rank, timeout_s)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    threads = attempt(1.5)
+    news.set()
+    for thread in threads:
+        thread.join()
+    assert isinstance(found[1], SchedulerDiedError)
+    assert isinstance(found[0], SchedulerDiedError) and found[0].rank == 1 and "no longer" in str(found[0])
+    assert isinstance(found[2], CollectiveTimeoutError)  # it waits for the next meeting, to which nobody comes in time
+    news.clear()
+    for thread in attempt(10.0):
+        thread.join()
+    assert found == {rank: [0, 1, 2] for rank in ranks}
 
 
 def test_a_bounded_call_ends_in_time():
