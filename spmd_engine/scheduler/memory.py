@@ -16,8 +16,9 @@ from spmd_engine.channel import Start
 from spmd_engine.errors import MEMORY_TAGS, AsleepError, MemoryOccupationError, SpmdEngineError
 from spmd_engine.scheduler import adapter
 
-# The order in which SGLang's own handlers release; they resume in the opposite one.
+# How long other replicas may take to close what they have mapped of memory that a trainer has freed.
 _OTHERS_S = 3.0
+# The order in which SGLang's own handlers release; they resume in the opposite one.
 _RELEASE_ORDER = ("kv_cache", "weights", "cuda_graph")
 assert sorted(_RELEASE_ORDER) == sorted(MEMORY_TAGS)
 
