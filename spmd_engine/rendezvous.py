@@ -137,9 +137,10 @@ class Rendezvous:
         except BaseException as error:
             gives_up = {"met": False, "kind": type(error).__name__, "message": str(error), "rank": self.rank}
             outcome = bounded(lambda: self._decide(gives_up), timeout_s=_STORE_S)
-            if not (outcome and outcome["met"] and isinstance(error, CollectiveTimeoutError)):
+            if not outcome or outcome.get("rank") == self.rank or not isinstance(error, CollectiveTimeoutError):
                 raise
-            notes = self._gather(_STORE_S, lambda: None)  # the others have found all of them meanwhile
+            if outcome["met"]:  # the others have found all of them meanwhile
+                notes = self._gather(_STORE_S, lambda: None)
         finally:
             _counters[self._name] = self._number + 1
         self._raise_if_given_up(outcome)

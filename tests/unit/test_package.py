@@ -33,7 +33,7 @@ print(json.dumps({
 def test_import_is_fast_and_has_no_side_effects():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("seconds") < 0.5
+    assert found.pop("seconds") < 2
     assert found == {"env": True, "threads": 0, "cuda": False, "heavy": []}
 
 

@@ -124,49 +124,57 @@ def test_rendezvous_of_two_ranks_and_of_a_rank_that_never_comes():
 
 
 def test_a_meeting_that_one_rank_gives_up_is_given_up_by_all_and_the_next_one_meets():
-    """Rank 2 comes late, when rank 1 has given up and rank 0 has seen all notes but its own fate."""
+    """Rank 1 gives up once rank 0 waits, and rank 2 comes after that: no wait of the test is a race with the clock."""
     ranks = (0, 1, 2)
-    news, late = threading.Event(), threading.Event()
-    found: dict[int, object] = {}
+    rank_0_waits, rank_0_left = threading.Event(), threading.Event()
 
-    def watch_of(rank):
-        def watch():
-            if rank == 1 and news.wait(0.2):
-                raise SchedulerDiedError("the scheduler process of rank 1 ended", rank=1)
+    def attempt(watches, *, rank_2_waits_s):
+        found: dict[int, object] = {}
 
-        return watch
+        def meet(rank):
+            if rank == 2:
+                rank_0_left.wait(60.0)
+            try:
+                point = Rendezvous(ranks, rank, "three")
+                meeting = point.meet(
+                    {"n": rank},
+                    timeout_s=rank_2_waits_s if rank == 2 else 60.0,
+                    watch=watches.get(rank, lambda: None),
+                )
+                found[rank] = [note["n"] for note in meeting.notes]
+            except Exception as error:
+                found[rank] = error
+            if rank == 0:
+                rank_0_left.set()
 
-    def meet(rank, timeout_s):
-        if rank == 2:
-            late.wait(5.0)
-        try:
-            point = Rendezvous(ranks, rank, "three")
-            found[rank] = [
-                note["n"] for note in point.meet({"n": rank}, timeout_s=timeout_s, watch=watch_of(rank)).notes
-            ]
-        except Exception as error:
-            found[rank] = error
-        if rank == 0:
-            late.set()
-
-    def attempt(timeout_s):
-        found.clear()
-        threads = [threading.Thread(target=meet, args=(rank, timeout_s)) for rank in ranks]
+        threads = [threading.Thread(target=meet, args=(rank,)) for rank in ranks]
         for thread in threads:
             thread.start()
-        return threads
+        for thread in threads:
+            thread.join()
+        return found
 
-    threads = attempt(1.5)
-    news.set()
-    for thread in threads:
-        thread.join()
+    def gives_up():
+        if rank_0_waits.wait(60.0):
+            raise SchedulerDiedError("the scheduler process of rank 1 ended", rank=1)
+
+    found = attempt({0: rank_0_waits.set, 1: gives_up}, rank_2_waits_s=0.2)
     assert isinstance(found[1], SchedulerDiedError)
     assert isinstance(found[0], SchedulerDiedError) and found[0].rank == 1 and "no longer" in str(found[0])
     assert isinstance(found[2], CollectiveTimeoutError)  # it waits for the next meeting, to which nobody comes in time
-    news.clear()
-    for thread in attempt(10.0):
-        thread.join()
-    assert found == {rank: [0, 1, 2] for rank in ranks}
+    rank_0_left.set()
+    assert attempt({}, rank_2_waits_s=60.0) == {rank: [0, 1, 2] for rank in ranks}
+
+
+def test_a_rank_that_waited_in_vain_names_the_cause_that_another_rank_decided():
+    """Its time is over before it has looked again: the first cause counts, not its own timeout."""
+    point = Rendezvous((0, 1), 0, "cause")
+
+    def another_rank_gives_up():
+        point._decide({"met": False, "kind": "SchedulerDiedError", "message": "rank 1 ended", "rank": 1})
+
+    with pytest.raises(SchedulerDiedError, match="rank 1 ended"):
+        point.meet({}, timeout_s=0.0, watch=another_rank_gives_up)
 
 
 def test_a_bounded_call_ends_in_time():
