@@ -12,7 +12,7 @@ a strided view, now of the piece's memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -109,6 +109,7 @@ def build_plan(
     copies: Iterable[RecordedCopy],
     *,
     rank: int,
+    nodes: Mapping[int, int] | None = None,
 ) -> TransferPlan:
     """Cut recorded copies along the pieces that ranks hold.
 
@@ -118,6 +119,8 @@ def build_plan(
         rank: the global rank that copies. It reads in the replica of the weights that it belongs to, where it may hold
             a piece itself, so that ranks of all replicas together read all of them alike. A rank that holds no weights
             reads in the replica that its number gives.
+        nodes: number of the node of every rank; None if all are on one. Holders on the own node come first. All ranks
+            of a node choose the same holder on another one, so that a byte needs to come only once.
 
     Raises:
         PlanError: a weight is missing, or a box of it is held by no rank.
@@ -134,7 +137,7 @@ def build_plan(
         weight = layout.weights[number]
         last = _check_view(copy, weight)
         if number not in held:
-            held[number] = _held_pieces(weight, layout, rank)
+            held[number] = _held_pieces(weight, layout, rank, nodes or {})
         want = math.prod(copy.sizes)
         found = 0
         for piece in held[number]:
@@ -177,7 +180,7 @@ class _Held:
     strides: list[int]
 
 
-def _held_pieces(weight: Weight, layout: SourceLayout, rank: int) -> list[_Held]:
+def _held_pieces(weight: Weight, layout: SourceLayout, rank: int, nodes: Mapping[int, int]) -> list[_Held]:
     """All pieces of a weight, and for each the rank that `rank` reads it from."""
     shape = boxed_shape(weight.shape, weight.placements)
     everywhere: Sequence[Piece] = (Piece(Box((0,) * len(weight.shape), weight.shape), (rank,)),)
@@ -191,9 +194,21 @@ def _held_pieces(weight: Weight, layout: SourceLayout, rank: int) -> list[_Held]
         steps = contiguous_strides(tuple(extent for extent, _, _ in axes))
         first = sum(low * step for (_, low, _), step in zip(axes, steps, strict=True))
         last = sum((high - 1) * step for (_, _, high), step in zip(axes, steps, strict=True))
-        source = piece.ranks[replica % len(piece.ranks)]
+        source = _nearest(piece.ranks, rank, replica, nodes)
         found.append(_Held(source, first, last, axes, _axis_strides(piece, cuts)))
     return found
+
+
+def _nearest(holders: Sequence[int], rank: int, replica: int, nodes: Mapping[int, int]) -> int:
+    """The holder of a piece, one for each replica, that `rank` reads it from."""
+    node = nodes.get(rank, 0)
+    if not any(nodes.get(holder, 0) == node for holder in holders):
+        return holders[node % len(holders)]
+    chosen = holders[replica % len(holders)]
+    if nodes.get(chosen, 0) == node:
+        return chosen
+    here = [holder for holder in holders if nodes.get(holder, 0) == node]
+    return here[replica % len(here)]
 
 
 def _holders(weight: Weight, layout: SourceLayout) -> str:
