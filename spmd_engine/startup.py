@@ -221,8 +221,8 @@ def _check_agreement(ranks: tuple[int, ...], meeting: Meeting, refusal: ConfigEr
     if len(per_node) > 1 and ipaddress.ip_address(meeting.link.host).is_loopback:
         raise ConfigError(
             f"the ranks {list(ranks)} of one replica are on {len(per_node)} nodes, but rank {ranks[0]} knows its node "
-            f"only by the loopback address {meeting.link.host}: set MASTER_ADDR to an address that all nodes can reach, "
-            "not to a name that /etc/hosts gives a loopback address"
+            f"only by the loopback address {meeting.link.host}: set MASTER_ADDR to an address that all nodes can "
+            "reach, not to a name that /etc/hosts gives a loopback address"
         )
 
 

@@ -125,10 +125,6 @@ class WeightUpdates:
         note = {"refusal": None if refusal is None else f"{type(refusal).__name__}: {refusal}"}
         meeting = Rendezvous(ranks, self._rank, "update").meet(note, timeout_s=self._timeout_s, watch=watch)
         fd = meeting.link.listener_fd
-        if len({note["node"] for note in meeting.notes}) > 1:
-            if fd >= 0:
-                os.close(fd)
-            raise PlanError(f"the ranks {list(ranks)} with shards are on several nodes, which is not supported yet")
         self._process.send(meeting.link, fds=(fd,) if fd >= 0 else ())
         if fd >= 0:
             os.close(fd)

@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Save:
 
 @pytest.fixture(scope="session")
 def reference(checkpoint: Save, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """reference(name, tp, generates, **config) -> what an engine that loaded seed 2 from disk has, by TP rank; run once."""
+    """reference(name, tp, generates, **config) -> what an engine with seed 2 from disk has, by TP rank; run once."""
 
     @cache
     def run(name: str, tp: int, generates: bool, **config: Any) -> list[Any]:
