@@ -22,6 +22,7 @@ from spmd_engine.errors import CollectiveTimeoutError, InvalidRequestError
 from spmd_engine.requests import GenerateOutput, GenerateRequest, Increment, TextStream
 
 _LIVENESS_S = 1.0
+_NEXT_LOOK_S = 0.01
 
 
 @dataclass(eq=False)
@@ -111,7 +112,6 @@ class AsyncRequests:
         self.is_paused = False
         caller.on_message = self._message_elsewhere
         caller.on_end = self._end_elsewhere
-        caller.on_idle = self._idle_elsewhere
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -238,7 +238,7 @@ class AsyncRequests:
     # ---- the channel ----
 
     def _watch(self) -> None:
-        if not self._is_watching and self._loop is not None:
+        if self._sequences and not self._is_watching and self._loop is not None:
             self._fd = self._caller.fileno()
             self._loop.add_reader(self._fd, self._readable)
             self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
@@ -254,7 +254,9 @@ class AsyncRequests:
         """Called by the event loop when something has come."""
         with contextlib.suppress(Exception):  # every sequence has it, from `_end`
             if not self._caller.poll(self._take):
-                self._unwatch()  # a call in another thread reads; `_idle_elsewhere` will say when it has returned
+                self._unwatch()  # a call in another thread reads, and passes on what it finds
+                assert self._loop is not None
+                self._loop.call_later(_NEXT_LOOK_S, self._watch)
 
     def _check_progress(self) -> None:
         """Nothing may stay silent for ever."""
@@ -300,10 +302,6 @@ class AsyncRequests:
 
     def _end_elsewhere(self, error: Exception) -> None:
         self._later(self._end, error)
-
-    def _idle_elsewhere(self) -> None:
-        if self._sequences and not self._is_watching:
-            self._later(self._watch)
 
     def _later(self, action: Callable[..., None], *arguments: Any) -> None:
         if self._loop is None or self._loop.is_closed():

@@ -32,7 +32,6 @@ class Caller:
         seq: number of the last call.
         on_message: takes messages that belong to no call.
         on_end: hears the error with which the process ended.
-        on_idle: called whenever a call has returned.
     """
 
     def __init__(self, rank: int, process: SchedulerProcess, rendezvous: Rendezvous, timeout_s: float) -> None:
@@ -43,7 +42,6 @@ class Caller:
         self._dead: SpmdEngineError | None = None
         self.on_message: Callable[[object], None] = lambda message: None
         self.on_end: Callable[[Exception], None] = lambda error: None
-        self.on_idle: Callable[[], None] = lambda: None
         self._finalizer = weakref.finalize(self, process.stop, grace_s=0.0)
 
     def call(
@@ -106,7 +104,6 @@ class Caller:
             return made, reply.value
         finally:
             self._lock.release()
-            self.on_idle()
 
     def send(self, message: object) -> None:
         """Send a message that is no call."""

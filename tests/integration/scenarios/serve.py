@@ -160,18 +160,18 @@ def mixed(context: Any, path: str) -> dict[str, Any]:
             tokens.append(greedy(engine))
         long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": 100}}
 
-        async def beside(calls: Any, finish: Any) -> None:
+        async def beside(calls: Any, finish: Any, in_thread: bool) -> None:
             tasks = [asyncio.ensure_future(engine.async_generate(**long)) for _ in range(4)]
             while not engine._requests._sequences or not all(
                 one.output_ids for one in engine._requests._sequences.values()
             ):
                 await asyncio.sleep(0.01)
-            calls()
+            await asyncio.to_thread(calls) if in_thread else calls()
             await finish([await task for task in tasks])
 
-        def run(calls: Any, finish: Any) -> None:
+        def run(calls: Any, finish: Any, in_thread: bool = False) -> None:
             if engine.is_leader:
-                asyncio.run(beside(calls, finish))
+                asyncio.run(beside(calls, finish, in_thread))
             else:
                 calls()
             dist.barrier()
@@ -185,7 +185,7 @@ def mixed(context: Any, path: str) -> dict[str, Any]:
             assert greedy(engine) == tokens[1]
 
         run(rollout, all_are_whole)
-        run(lambda: engine.update_weights(sources[1]), all_are_whole)
+        run(lambda: engine.update_weights(sources[1]), all_are_whole, in_thread=True)
 
         # Aborted for the update.
         async def all_are_aborted(results: list[dict[str, Any]]) -> None:
@@ -202,7 +202,7 @@ def mixed(context: Any, path: str) -> dict[str, Any]:
             finished.extend(results)
 
         before = engine.weight_version
-        run(lambda: engine.update_weights(sources[1], running="pause"), keep)
+        run(lambda: engine.update_weights(sources[1], running="pause"), keep, in_thread=True)
         check_versions(context, engine, finished, before)
 
         # Paused by hand, with a nap and two updates meanwhile.
