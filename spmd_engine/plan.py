@@ -12,7 +12,7 @@ a strided view, now of the piece's memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -109,6 +109,7 @@ def build_plan(
     copies: Iterable[RecordedCopy],
     *,
     rank: int,
+    nodes: Mapping[int, int | str] | None = None,
 ) -> TransferPlan:
     """Cut recorded copies along the pieces that ranks hold.
 
@@ -118,6 +119,8 @@ def build_plan(
         rank: the global rank that copies. It reads in the replica of the weights that it belongs to, where it may hold
             a piece itself, so that ranks of all replicas together read all of them alike. A rank that holds no weights
             reads in the replica that its number gives.
+        nodes: the node of every rank, as something to compare: a piece that only other replicas have on the node of
+            `rank` is read there. None if all ranks are on one node.
 
     Raises:
         PlanError: a weight is missing, or a box of it is held by no rank.
@@ -134,7 +137,7 @@ def build_plan(
         weight = layout.weights[number]
         last = _check_view(copy, weight)
         if number not in held:
-            held[number] = _held_pieces(weight, layout, rank)
+            held[number] = _held_pieces(weight, layout, rank, nodes)
         want = math.prod(copy.sizes)
         found = 0
         for piece in held[number]:
@@ -177,7 +180,22 @@ class _Held:
     strides: list[int]
 
 
-def _held_pieces(weight: Weight, layout: SourceLayout, rank: int) -> list[_Held]:
+def nearest(holders: Sequence[int], rank: int, replica: int, nodes: Mapping[int, int | str] | None) -> int:
+    """The rank that `rank` reads a piece from: the holder in its own replica, unless only others are on its node.
+
+    Args:
+        holders: the ranks that hold the piece, one for each replica.
+        replica: number of the replica that `rank` belongs to, from `replica_of`.
+        nodes: as for `build_plan`.
+    """
+    own = holders[replica % len(holders)]
+    if nodes is None or nodes[own] == nodes[rank]:
+        return own
+    near = [holder for holder in holders if nodes[holder] == nodes[rank]]
+    return near[replica % len(near)] if near else own
+
+
+def _held_pieces(weight: Weight, layout: SourceLayout, rank: int, nodes: Mapping[int, int | str] | None) -> list[_Held]:
     """All pieces of a weight, and for each the rank that `rank` reads it from."""
     shape = boxed_shape(weight.shape, weight.placements)
     everywhere: Sequence[Piece] = (Piece(Box((0,) * len(weight.shape), weight.shape), (rank,)),)
@@ -191,13 +209,27 @@ def _held_pieces(weight: Weight, layout: SourceLayout, rank: int) -> list[_Held]
         steps = contiguous_strides(tuple(extent for extent, _, _ in axes))
         first = sum(low * step for (_, low, _), step in zip(axes, steps, strict=True))
         last = sum((high - 1) * step for (_, _, high), step in zip(axes, steps, strict=True))
-        source = piece.ranks[replica % len(piece.ranks)]
+        source = nearest(piece.ranks, rank, replica, nodes)
         found.append(_Held(source, first, last, axes, _axis_strides(piece, cuts)))
     return found
 
 
 def _holders(weight: Weight, layout: SourceLayout) -> str:
     return "this rank" if weight.mesh < 0 else f"the mesh {list(layout.meshes[weight.mesh].ranks)}"
+
+
+def axis_steps(copy: RecordedCopy, shape: Shape) -> list[list[tuple[int, list[tuple[int, int]]]]]:
+    """The elements that a copy reads of a weight, as disjoint products of index sets.
+
+    Returns:
+        For each product and each dimension of `shape` the first index, and (size, step) pairs that lead from it.
+    """
+    axes = [(extent, 0, extent) for extent in shape or (1,)]
+    view = _View(copy.sizes, copy.src_offset, copy.src_strides, 0, copy.dst_strides)
+    return [
+        [(first, [(size, step) for size, step, _ in dims]) for first, dims in zip(part.origin, part.along, strict=True)]
+        for part in _along_axes(view, axes)
+    ]
 
 
 def _intersect(copy: RecordedCopy, piece: _Held) -> list[Part]:

@@ -276,6 +276,8 @@ class Recorder:
         return isinstance(tensor, torch.Tensor) and any(_same_storage(tensor, stale) for stale in self._stale)
 
     def _copy(self, destination: torch.Tensor, source: RecordingTensor) -> None:
+        if not destination.numel() and not source.numel():
+            return  # the last ranks of a padded vocabulary may get no row at all
         parameter = self.parameter_at(destination)
         # A widening to float32 keeps all values; a narrowing to what the parameter has is what the copy itself does.
         plain = (
@@ -288,8 +290,6 @@ class Recorder:
             plain = False  # a broadcast
         if not plain:
             self._fall_back(destination, source.origins)
-            return
-        if not destination.numel():
             return
         (weight,) = source.origins
         view = source.meta.view(destination.shape) if source.shape != destination.shape else source.meta

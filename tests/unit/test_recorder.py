@@ -90,6 +90,11 @@ def test_interleaved_rows_and_contiguous_copies():
     check(load, (4, 3), a=randn(4, 3))
 
 
+def test_a_rank_that_gets_no_rows_of_a_padded_vocabulary():
+    recording = check(lambda p, n, w: p.data[: len(w[8:])].copy_(w[8:]), (4, 3), a=randn(6, 3))
+    assert recording.copies == []
+
+
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.bfloat16])
 def test_casts(source, target):
