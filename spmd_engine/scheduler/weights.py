@@ -56,13 +56,15 @@ class WeightsKeeper:
     Attributes:
         version: number of the last update that was committed.
         device: of the parameters.
+        rank: global rank of this process.
+        conversion: of the trainer's names and shapes to those that the model's loader knows.
         is_inspected: whether all plans are known to fit the parameters that SGLang has now.
     """
 
     def __init__(self, scheduler: Any, start: Start) -> None:
         self.version = start.weight_version
         self.is_inspected = False
-        self._scheduler, self._rank = scheduler, start.rank
+        self._scheduler, self.rank = scheduler, start.rank
         self._layouts: dict[str, tuple[SourceLayout, frozenset[str]]] = {}
         self._prepared: dict[str, _Prepared] = {}
         self._memories: dict[int, ShardMemory] = {}  # of each rank, as it last said
@@ -73,7 +75,12 @@ class WeightsKeeper:
         if start.is_restart:
             self._broken = "the engine was restarted with the weights of its checkpoint: call update_weights first"
         self._are_lost = False  # the parameters' contents, constants included
-        self._conversion = Conversion(adapter.hf_config_of(scheduler))
+        self.conversion = Conversion(adapter.hf_config_of(scheduler))
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """SGLang's model."""
+        return adapter.model_of(self._scheduler)
 
     def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:
         """Take the file descriptors of this rank's memory from the trainer, and offer them until `withdraw`."""
@@ -82,7 +89,7 @@ class WeightsKeeper:
             with sock:
                 self._offered = DescriptorServer.receive(sock, counts)
         except PassingError:
-            logger.exception("rank %d: the file descriptors of the weights did not come", self._rank)
+            logger.exception("rank %d: the file descriptors of the weights did not come", self.rank)
 
     def withdraw(self) -> None:
         """Stop offering them: all who need them have them, or the update has failed."""
@@ -165,7 +172,7 @@ class WeightsKeeper:
 
         copying = time.monotonic()
         done: list[tuple[float, int | None]] = []
-        error = self._attempt(lambda: done.append(self._copy(prepared, verify=payload["verify"], flush=flush)))
+        error = self.attempt(lambda: done.append(self._copy(prepared, verify=payload["verify"], flush=flush)))
         copied = time.monotonic()
         self.is_inspected = False
         tried = max(state["version"] for state, _ in frames) + 1  # a death at a commit may have left ranks behind
@@ -208,35 +215,34 @@ class WeightsKeeper:
                 self._handles.keep_only(handle for memory in self._memories.values() for handle in memory.handles)
             prepared.transfer.bind(memories)
 
-        _raise_first(exchange({"error": self._attempt(bind)}, b""), ranks)
+        raise_first(exchange({"error": self.attempt(bind)}, b""), ranks)
         prepared.is_bound = True
 
     def _prepare_together(self, key: str, ranks: tuple[int, ...], exchange: Exchange) -> None:
         """Record and plan on all ranks; none keeps a plan that another could not make."""
         made: list[_Prepared] = []
-        error = self._attempt(lambda: made.append(self._prepare(key)))
+        error = self.attempt(lambda: made.append(self._prepare(key)))
         used = made[0].used if made else {}
         frames = exchange({"error": error}, json.dumps(used).encode())
-        _raise_first(frames, ranks)
+        raise_first(frames, ranks)
         layout, optional = self._layouts[key]
-        _check_all_used(layout, optional, [json.loads(blob) for _, blob in frames])
+        check_all_used(layout, optional, [json.loads(blob) for _, blob in frames])
         self._prepared[key] = made[0]
 
     def _prepare(self, key: str) -> _Prepared:
         layout, _ = self._layouts[key]
         model = adapter.model_of(self._scheduler)
         began = time.monotonic()
-        recording, converted = _record(model, layout, self._conversion)
-        fallback = recording.fallback | _cover(model, recording)
-        copies = [c for c in coverage.last_of_duplicates(recording.copies) if c.weight not in fallback]
-        recorded = time.monotonic()
+        copies, reasons, converted, has_constants = recorded(model, layout, self.conversion)
+        fallback = reasons.keys()
+        planning = time.monotonic()
         by_name = {weight.name: weight for weight in layout.weights}
         buffers = {
             name: torch.empty(by_name[name].shape, dtype=DTYPES[by_name[name].dtype], device=self.device)
             for name in fallback
         }
         whole = [_whole(by_name[name], buffer) for name, buffer in sorted(buffers.items())]
-        plan = build_plan(layout, [*copies, *whole], rank=self._rank)
+        plan = build_plan(layout, [*copies, *whole], rank=self.rank)
         used = {**coverage.reach(copies), **coverage.reach(whole)}
         return _Prepared(
             layout=layout,
@@ -244,11 +250,11 @@ class WeightsKeeper:
             buffers=buffers,
             converted=converted & frozenset(fallback),
             used=used,
-            record_s=recorded - began,
-            plan_s=time.monotonic() - recorded,
-            has_constants=bool(recording.constants),
+            record_s=planning - began,
+            plan_s=time.monotonic() - planning,
+            has_constants=has_constants,
             target=Probe(model, model.parameters()),
-            transfer=transfer.prepare(plan, rank=self._rank, device=self.device, handles=self._handles),
+            transfer=transfer.prepare(plan, rank=self.rank, device=self.device, handles=self._handles),
         )
 
     # ---- the copy and after ----
@@ -257,7 +263,7 @@ class WeightsKeeper:
         """Run the plan and the fallback; seconds of the copy itself, and wrong elements if `verify`."""
         model = adapter.model_of(self._scheduler)
         if self._are_lost and prepared.has_constants:
-            _record(model, prepared.layout, self._conversion)  # a recording writes the loader's own constants
+            _record(model, prepared.layout, self.conversion)  # a recording writes the loader's own constants
         prepared.transfer.start()
         if flush:
             adapter.flush_cache(self._scheduler)  # while a GPU copies; it names tokens by the old weights
@@ -268,12 +274,12 @@ class WeightsKeeper:
             direct = {n: t for n, t in prepared.buffers.items() if n not in prepared.converted}
             turned = {n: t for n, t in prepared.buffers.items() if n in prepared.converted}
             with torch.no_grad():
-                model.load_weights(iter({**direct, **self._conversion.to_checkpoint(turned)}.items()))  # type: ignore[operator]
+                model.load_weights(iter({**direct, **self.conversion.to_checkpoint(turned)}.items()))  # type: ignore[operator]
         adapter.refresh_derived(model)
         prepared.transfer.wait()
         return device_s, wrong
 
-    def _attempt(self, action: Callable[[], object]) -> list[str] | None:
+    def attempt(self, action: Callable[[], object]) -> list[str] | None:
         """Run `action`; its failure as [kind, message], for all ranks to hear before any of them raises."""
         try:
             action()
@@ -281,12 +287,12 @@ class WeightsKeeper:
             return [type(error).__name__, str(error)]
         except Exception as error:
             logger.exception("weight update failed")
-            return ["TransferError", f"rank {self._rank}: {type(error).__name__}: {error}"]
+            return ["TransferError", f"rank {self.rank}: {type(error).__name__}: {error}"]
         return None
 
     def _finish(self, frames: list[Frame], ranks: tuple[int, ...], tried: int) -> None:
         try:
-            _raise_first(frames, ranks)
+            raise_first(frames, ranks)
         except SpmdEngineError as error:
             self._broken = (
                 f"weight version {tried} failed half-way on some rank, so the weights are a mixture: {error}. "
@@ -295,6 +301,21 @@ class WeightsKeeper:
             raise
         self._broken, self._are_lost = None, False
         self.version = tried
+
+
+def recorded(
+    model: torch.nn.Module, layout: SourceLayout, conversion: Conversion
+) -> tuple[list[RecordedCopy], dict[str, str], frozenset[str], bool]:
+    """What fills the model's parameters from a layout: the copies, the weights that take the model's own loader instead
+    and why, those that the loader knows under other names, and whether it fills some elements by itself.
+
+    Raises:
+        PlanError: a parameter that no weight of the source reaches, or only in part.
+    """
+    recording, converted = _record(model, layout, conversion)
+    fallback = _cover(model, recording) | recording.fallback
+    copies = [copy for copy in coverage.last_of_duplicates(recording.copies) if copy.weight not in fallback]
+    return copies, fallback, converted, bool(recording.constants)
 
 
 def _record(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion) -> tuple[Recording, frozenset[str]]:
@@ -328,8 +349,8 @@ def _record(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion
     )
 
 
-def _cover(model: torch.nn.Module, recording: Recording) -> set[str]:
-    """Weights to send through the fallback, so that every element of every parameter is written exactly once.
+def _cover(model: torch.nn.Module, recording: Recording) -> dict[str, str]:
+    """Weights to send through the fallback, and why, so that every element of every parameter is written exactly once.
 
     Raises:
         PlanError: a parameter that no weight of the source reaches, or only in part.
@@ -339,7 +360,7 @@ def _cover(model: torch.nn.Module, recording: Recording) -> set[str]:
     for copy in recording.copies:
         regions.setdefault(copy.parameter, []).append(coverage.region_of(copy))
         touching.setdefault(copy.parameter, set()).add(copy.weight)
-    fallback: set[str] = set()
+    fallback: dict[str, str] = {}
     missing: list[str] = []
     seen: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -355,7 +376,8 @@ def _cover(model: torch.nn.Module, recording: Recording) -> set[str]:
             else None
         )
         if left is None and name in touching:
-            fallback |= touching[name]
+            why = f"what is copied to {name} overlaps, or has no boxes for parts"
+            fallback |= dict.fromkeys(sorted(touching[name]), why)
         elif left is None and name in recording.fallback_parameters:
             continue  # written by the model's own loader, in a way that no boxes describe
         elif left != 0 and not (recording.is_blind and name not in touching):
@@ -384,7 +406,7 @@ def _whole(weight: Weight, buffer: torch.Tensor) -> RecordedCopy:
     )
 
 
-def _check_all_used(layout: SourceLayout, optional: frozenset[str], used: list[dict[str, list[int]]]) -> None:
+def check_all_used(layout: SourceLayout, optional: frozenset[str], used: list[dict[str, list[int]]]) -> None:
     """Refuse weights that no rank reads, or reads only in part: engine and trainer have different models."""
     for weight in layout.weights:
         ranges = [ranks[weight.name] for ranks in used if weight.name in ranks]
@@ -403,7 +425,7 @@ def _check_all_used(layout: SourceLayout, optional: frozenset[str], used: list[d
             )
 
 
-def _raise_first(frames: list[Frame], ranks: tuple[int, ...]) -> None:
+def raise_first(frames: list[Frame], ranks: tuple[int, ...]) -> None:
     for rank, (header, _) in zip(ranks, frames, strict=True):
         if header["error"] is not None:
             kind, message = header["error"]

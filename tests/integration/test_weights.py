@@ -53,6 +53,14 @@ def test_expert_parallelism_reads_no_expert_of_another_rank(tmp_path, checkpoint
     run_job("weights.expert_parallel", 2, tmp_path, path=path, other=other)
 
 
+@pytest.mark.one_version
+def test_a_report_says_what_an_update_moves(tmp_path, checkpoint):
+    values = run_job("weights.explain", 4, tmp_path, path=checkpoint("gemma", 1)).values
+    assert all(value == values[0] for value in values)
+    assert values[0]["floor_s"] == values[0]["floors_s"]["nvlink"] and len(values[0]["matrix"]) == 4
+    assert set(values[0]["fallback"].values()) == {"its loader applies add_ in place"}
+
+
 def test_a_plain_module_moves_no_byte_between_ranks(tmp_path, checkpoint, reference):
     values = check(tmp_path, checkpoint, reference, "qwen2", 2, 2, replicate=True)
     assert all(value["remote"] == 0 for value in values)
