@@ -53,6 +53,12 @@ class Start:
     """First message to a scheduler process.
 
     The weights of an engine that starts anew (`is_restart`) are not those that the trainer's `weight_version` names.
+
+    Attributes:
+        node: identity of this node; see `rendezvous.node_identity`.
+        nnodes, node_rank: over how many nodes the replica's ranks are spread, and which of them this is.
+        host: this node's address on the way to the others.
+        gpu_id: CUDA ordinal of this rank among the GPUs that the process sees.
     """
 
     protocol: int
@@ -65,6 +71,10 @@ class Start:
     dist_port: int
     gpu_id: int
     on_cpu: bool
+    node: str
+    nnodes: int
+    node_rank: int
+    host: str
     trainer_pid: int
     scratch: str
     timeout_s: float

@@ -15,6 +15,7 @@ from spmd_engine.caller import Caller
 from spmd_engine.channel import Coming, Ready
 from spmd_engine.errors import MEMORY_TAGS, MemoryOccupationError
 from spmd_engine.explain import LinkSpeeds, PlanReport, make_report
+from spmd_engine.plan import numbered
 from spmd_engine.startup import Startup, mesh_ranks
 from spmd_engine.stats import EngineStats, UpdateStats
 from spmd_engine.updates import WeightUpdates
@@ -280,7 +281,7 @@ class SpmdEngine:
         return make_report(
             layout,
             {rank: wants[fact["wants"]] for rank, fact in facts.items()},
-            nodes={rank: fact["node"] for rank, fact in facts.items()},
+            nodes=numbered({rank: fact["node"] for rank, fact in facts.items()}),
             speeds=speeds or LinkSpeeds(),
             off_loaded=frozenset(rank for rank, fact in facts.items() if fact["off_loaded"]),
             fallback=found["fallback"],

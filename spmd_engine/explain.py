@@ -237,7 +237,7 @@ def make_report(
     layout: SourceLayout,
     readers: Mapping[int, Mapping[str, Want]],
     *,
-    nodes: Mapping[int, int | str],
+    nodes: Mapping[int, int],
     speeds: LinkSpeeds,
     off_loaded: frozenset[int] = frozenset(),
     fallback: Mapping[str, str] | None = None,
@@ -248,14 +248,13 @@ def make_report(
         layout: what the trainer holds.
         readers: for each rank of an engine what it reads of each weight. Ranks that read the same share one mapping,
             and weights that are read alike share one `Want`: both are then counted once.
-        nodes: the node of every rank, as something to compare.
+        nodes: number of the node of every rank, from 0.
         speeds: for the floors.
         off_loaded: ranks whose shards are in CPU memory while the engine computes on GPUs.
         fallback: weights that take the model's own loader, and why.
     """
     ranks = tuple(sorted({*readers, *layout.ranks()}))
-    numbers: dict[int | str, int] = {}
-    node = np.array([numbers.setdefault(nodes[rank], len(numbers)) for rank in ranks], dtype=np.int64)
+    node = np.array([nodes[rank] for rank in ranks], dtype=np.int64)
     mappings = {id(mapping): mapping for mapping in readers.values()}
     kinds = {key: number for number, key in enumerate(mappings)}
     kind = np.array([kinds[id(readers[rank])] if rank in readers else len(kinds) for rank in ranks], dtype=np.int64)

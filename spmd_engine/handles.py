@@ -232,6 +232,13 @@ class OpenHandles:
         self._device = device
         self._bases: dict[bytes, int] = {}
         self._runs: dict[bytes, _native.ChunkMapping] = {}
+        self._own: dict[bytes, int] = {}
+
+    def own(self, memory: ShardMemory, addresses: np.ndarray) -> None:
+        """Take memory of this process itself, at `addresses`, for open: it cannot open its own handles."""
+        held = memory.allocation != NOWHERE
+        for number, base in zip(memory.allocation[held], addresses[held] - memory.offset[held], strict=True):
+            self._own[memory.handles[number]] = int(base)
 
     def __len__(self) -> int:
         return len(self._bases)
@@ -248,7 +255,8 @@ class OpenHandles:
         """
         used = memory.allocation[wanted]
         numbers = np.unique(used[used != NOWHERE]).tolist()
-        missing = [number for number in numbers if memory.handles[number] not in self._bases]
+        known = {**self._own, **self._bases}
+        missing = [number for number in numbers if memory.handles[number] not in known]
         for number in missing:
             if not memory.chunks[number]:
                 handle = memory.handles[number]
@@ -258,7 +266,8 @@ class OpenHandles:
             self._open_runs(runs, memory.offered_at)
         bases = np.zeros(len(memory.handles) + 1, np.uint64)
         for number in numbers:
-            bases[number] = self._bases[memory.handles[number]]
+            handle = memory.handles[number]
+            bases[number] = self._bases[handle] if handle in self._bases else self._own[handle]
         found = np.zeros(len(memory.offset), np.uint64)
         found[wanted] = bases[np.minimum(used, len(memory.handles))] + memory.offset[wanted]
         return found

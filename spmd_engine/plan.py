@@ -109,7 +109,7 @@ def build_plan(
     copies: Iterable[RecordedCopy],
     *,
     rank: int,
-    nodes: Mapping[int, int | str] | None = None,
+    nodes: Mapping[int, int] | None = None,
 ) -> TransferPlan:
     """Cut recorded copies along the pieces that ranks hold.
 
@@ -119,8 +119,8 @@ def build_plan(
         rank: the global rank that copies. It reads in the replica of the weights that it belongs to, where it may hold
             a piece itself, so that ranks of all replicas together read all of them alike. A rank that holds no weights
             reads in the replica that its number gives.
-        nodes: the node of every rank, as something to compare: a piece that only other replicas have on the node of
-            `rank` is read there. None if all ranks are on one node.
+        nodes: number of the node of every rank; None if all are on one. Holders on the own node come first. All ranks
+            of a node choose the same holder on another one, so that a byte needs to come only once.
 
     Raises:
         PlanError: a weight is missing, or a box of it is held by no rank.
@@ -137,7 +137,7 @@ def build_plan(
         weight = layout.weights[number]
         last = _check_view(copy, weight)
         if number not in held:
-            held[number] = _held_pieces(weight, layout, rank, nodes)
+            held[number] = _held_pieces(weight, layout, rank, nodes or {})
         want = math.prod(copy.sizes)
         found = 0
         for piece in held[number]:
@@ -180,22 +180,7 @@ class _Held:
     strides: list[int]
 
 
-def nearest(holders: Sequence[int], rank: int, replica: int, nodes: Mapping[int, int | str] | None) -> int:
-    """The rank that `rank` reads a piece from: the holder in its own replica, unless only others are on its node.
-
-    Args:
-        holders: the ranks that hold the piece, one for each replica.
-        replica: number of the replica that `rank` belongs to, from `replica_of`.
-        nodes: as for `build_plan`.
-    """
-    own = holders[replica % len(holders)]
-    if nodes is None or nodes[own] == nodes[rank]:
-        return own
-    near = [holder for holder in holders if nodes[holder] == nodes[rank]]
-    return near[replica % len(near)] if near else own
-
-
-def _held_pieces(weight: Weight, layout: SourceLayout, rank: int, nodes: Mapping[int, int | str] | None) -> list[_Held]:
+def _held_pieces(weight: Weight, layout: SourceLayout, rank: int, nodes: Mapping[int, int]) -> list[_Held]:
     """All pieces of a weight, and for each the rank that `rank` reads it from."""
     shape = boxed_shape(weight.shape, weight.placements)
     everywhere: Sequence[Piece] = (Piece(Box((0,) * len(weight.shape), weight.shape), (rank,)),)
@@ -212,6 +197,30 @@ def _held_pieces(weight: Weight, layout: SourceLayout, rank: int, nodes: Mapping
         source = nearest(piece.ranks, rank, replica, nodes)
         found.append(_Held(source, first, last, axes, _axis_strides(piece, cuts)))
     return found
+
+
+def numbered(nodes: Mapping[int, str]) -> dict[int, int]:
+    """The nodes of ranks as numbers, the same on all ranks."""
+    order = list(dict.fromkeys(nodes.values()))
+    return {rank: order.index(node) for rank, node in nodes.items()}
+
+
+def nearest(holders: Sequence[int], rank: int, replica: int, nodes: Mapping[int, int]) -> int:
+    """The holder of a piece that `rank` reads it from.
+
+    Args:
+        holders: one for each replica.
+        replica: number of the replica that `rank` belongs to, from `replica_of`.
+        nodes: as for `build_plan`.
+    """
+    node = nodes.get(rank, 0)
+    if not any(nodes.get(holder, 0) == node for holder in holders):
+        return holders[node % len(holders)]
+    chosen = holders[replica % len(holders)]
+    if nodes.get(chosen, 0) == node:
+        return chosen
+    here = [holder for holder in holders if nodes.get(holder, 0) == node]
+    return here[replica % len(here)]
 
 
 def _holders(weight: Weight, layout: SourceLayout) -> str:

@@ -33,7 +33,8 @@ def child_environment(
     *,
     on_cpu: bool,
     tp_size: int,
-    loopback: bool,
+    nnodes: int,
+    interface: str,
     scratch: str,
     gpus: str = "",
     preload: str = "",
@@ -43,7 +44,7 @@ def child_environment(
     It sees `gpus`, a value of CUDA_VISIBLE_DEVICES, whatever its trainer rank sees. Left out are the launcher's
     rendezvous variables (with TORCHELASTIC_USE_AGENT_STORE the child would wait for ever for a store that nobody
     serves) and expandable segments (SGLang's memory saver refuses them). The library `preload` is loaded before all
-    others.
+    others. The `tp_size` ranks of its replica are on `nnodes` nodes, which reach one another through `interface`.
     """
     env = {k: v for k, v in environ.items() if k not in _LAUNCHER_VARIABLES and not k.startswith("TORCHELASTIC_")}
     for name in _ALLOCATOR_VARIABLES:
@@ -64,8 +65,8 @@ def child_environment(
     env["TMPDIR"] = scratch
     # It takes shared memory and a process of its own, for broadcasts that no scheduler of ours makes.
     env["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
-    if loopback:
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if interface:
+        env.setdefault("GLOO_SOCKET_IFNAME", interface)
     if preload:
         env["LD_PRELOAD"] = ":".join(filter(None, [preload, env.get("LD_PRELOAD")]))
         # Graphs whose memory is paused get other physical pages at the same addresses, which NCCL must not register.
@@ -73,20 +74,20 @@ def child_environment(
     if not on_cpu:
         env["CUDA_VISIBLE_DEVICES"] = gpus
     else:
-        cores = sorted(os.sched_getaffinity(0))
+        cores, ranks_here = sorted(os.sched_getaffinity(0)), tp_size // nnodes
         env["SGLANG_PLATFORM"] = "spmd_engine"
         env["CUDA_VISIBLE_DEVICES"] = ""
         env["SGLANG_NCCL_SO_PATH"] = "/nonexistent/libnccl.so"
-        env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _core_bindings(cores, tp_size))
-        env.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // tp_size)))
+        env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _core_bindings(cores, tp_size, ranks_here))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // ranks_here)))
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # SGLang compiles a few small functions with Inductor, which takes a C++ compiler and 15 s at the first call.
         env.setdefault("TORCH_COMPILE_DISABLE", "1")
     return env
 
 
-def _core_bindings(cores: list[int], tp_size: int) -> str:
-    share = max(1, len(cores) // tp_size)
+def _core_bindings(cores: list[int], tp_size: int, ranks_here: int) -> str:
+    share = max(1, len(cores) // ranks_here)
     groups = [cores[(i * share) % len(cores) :][:share] for i in range(tp_size)]
     return "|".join(",".join(map(str, group)) for group in groups)
 

@@ -7,6 +7,7 @@ watch for other news.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import os
 import secrets
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from spmd_engine import links
@@ -46,6 +48,18 @@ def outgoing_address(target: str) -> str:
     with socket.socket(family, kind) as sock:
         sock.connect(address)
         return str(sock.getsockname()[0])
+
+
+def interface_of(host: str) -> str:
+    """Name of the network interface that has the address `host`; "" if none has."""
+    wanted = ipaddress.ip_address(host)
+    if wanted.is_loopback:
+        return "lo"
+    for name, addresses in psutil.net_if_addrs().items():
+        for one in addresses:
+            if one.family in (socket.AF_INET, socket.AF_INET6) and one.address.split("%")[0] == str(wanted):
+                return name
+    return ""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from spmd_engine.devices import own_gpu, visible_gpus
 from spmd_engine.digest import digest
 from spmd_engine.errors import CollectiveMismatchError, ConfigError
 from spmd_engine.process import SchedulerProcess, child_environment, memory_saver_library, open_log
-from spmd_engine.rendezvous import Meeting, Rendezvous
+from spmd_engine.rendezvous import Meeting, Rendezvous, interface_of, node_identity
 from spmd_engine.requests import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -123,7 +125,8 @@ class Startup:
             meeting = self.rendezvous.meet(note, timeout_s=self._timeout_s, watch=lambda: None)
             undo.callback(_close_listener, meeting.link)
             _check_agreement(self._ranks, meeting, refusal)
-            gpus = visible_gpus(self._ranks, [note["gpu"] for note in meeting.notes])
+            here = [i for i, note in enumerate(meeting.notes) if note["node"] == node_identity()]
+            gpus = visible_gpus([self._ranks[i] for i in here], [meeting.notes[i]["gpu"] for i in here])
             undo.pop_all()
         self.weight_version = max(note["version"] for note in meeting.notes)
         self._is_restart = any(note["is_restart"] for note in meeting.notes)
@@ -158,9 +161,10 @@ class Startup:
         return bool(self._server_args.get("device", "cuda" if torch.cuda.device_count() else "cpu") == "cpu")
 
     def _spawn(self, meeting: Meeting, gpus: str, log: IO[bytes]) -> SchedulerProcess:
-        tp_rank, tp_size = self._ranks.index(self._rank), len(self._ranks)
-        loopback = meeting.link.host in ("127.0.0.1", "::1")
-        on_cpu = self.on_cpu
+        tp_rank = self._ranks.index(self._rank)
+        notes, on_cpu = meeting.notes, self.on_cpu
+        nodes = [note["node"] for note in notes]
+        host = str(notes[tp_rank]["host"])
         scratch = shared_scratch(meeting.link.token)
         start = Start(
             protocol=PROTOCOL,
@@ -171,8 +175,12 @@ class Startup:
             server_args=self._server_args,
             random_seed=meeting.notes[0]["seed"],
             dist_port=meeting.notes[0]["port"],
-            gpu_id=0 if on_cpu else tp_rank,
+            gpu_id=0 if on_cpu else nodes[:tp_rank].count(nodes[tp_rank]),
             on_cpu=on_cpu,
+            node=nodes[tp_rank],
+            nnodes=len(set(nodes)),
+            node_rank=list(dict.fromkeys(nodes)).index(nodes[tp_rank]),
+            host=host,
             trainer_pid=os.getpid(),
             scratch=scratch,
             timeout_s=self._timeout_s,
@@ -182,8 +190,9 @@ class Startup:
         env = child_environment(
             os.environ,
             on_cpu=on_cpu,
-            tp_size=tp_size,
-            loopback=loopback,
+            tp_size=len(nodes),
+            nnodes=len(set(nodes)),
+            interface=interface_of(host),
             scratch=scratch,
             gpus=gpus,
             preload=self._preload,
@@ -203,10 +212,17 @@ def _check_agreement(ranks: tuple[int, ...], meeting: Meeting, refusal: ConfigEr
     for rank, note in zip(ranks, meeting.notes, strict=True):
         if note["refusal"]:
             raise ConfigError(f"rank {rank}: {note['refusal']}")
-    if len({note["node"] for note in meeting.notes}) > 1:
+    per_node = Counter(note["node"] for note in meeting.notes)
+    if len(set(per_node.values())) > 1:
         raise ConfigError(
-            f"the ranks {list(ranks)} of one replica are on several nodes, which is not supported yet: "
-            "choose a TP size that fits in a node"
+            f"the ranks {list(ranks)} of one replica are on {len(per_node)} nodes, {sorted(per_node.values())} of them "
+            "on each: SGLang needs equally many on every node"
+        )
+    if len(per_node) > 1 and ipaddress.ip_address(meeting.link.host).is_loopback:
+        raise ConfigError(
+            f"the ranks {list(ranks)} of one replica are on {len(per_node)} nodes, but rank {ranks[0]} knows its node "
+            f"only by the loopback address {meeting.link.host}: set MASTER_ADDR to an address that all nodes can "
+            "reach, not to a name that /etc/hosts gives a loopback address"
         )
 
 

@@ -14,7 +14,9 @@ class UpdateStats:
         weight_version: the version that the update committed.
         planned: True if this update made a plan, False if it reused one.
         local_bytes: bytes read from this rank's own shard.
-        remote_bytes: bytes read from the shards of other ranks.
+        remote_bytes: bytes read from the shards of other ranks of this node.
+        network_bytes: bytes that came to this rank from other nodes; other ranks of this node may use them, too.
+        staged_bytes: bytes unpacked from buckets, of this rank and of others: what could not be read in place.
         block_copies: rows of the copy table.
         fallback_weights: names that went through the model's own loader because its loading is not a plain copy.
         wrong_elements: elements that differ from the source after the copy; None unless `verify=True`.
@@ -44,6 +46,8 @@ class UpdateStats:
     device_s: float = 0.0
     commit_s: float = 0.0
     total_s: float = 0.0
+    network_bytes: int = 0
+    staged_bytes: int = 0
 
 
 @dataclass(frozen=True)

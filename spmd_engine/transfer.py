@@ -76,30 +76,24 @@ def prepare(plan: TransferPlan, *, rank: int, device: torch.device, handles: Ope
     return CudaTransfer(plan, rank, device, handles)
 
 
-def check_reachable(memories: Mapping[int, ShardMemory], device: torch.device) -> None:
-    """Refuse what no transfer can do directly.
+def unreachable(
+    memories: Mapping[int, ShardMemory], nodes: Mapping[int, int], rank: int, device: torch.device
+) -> list[int]:
+    """The ranks whose shards `rank` cannot read in place: those on other nodes, and in CPU memory for a GPU.
 
     Args:
         memories: of every rank of the update.
+        nodes: number of the node of every rank.
         device: of the engine's parameters.
 
     Raises:
-        PlanError: shards in CPU memory for an engine on a GPU, the reverse, or some of each.
+        PlanError: shards on a GPU for an engine on the CPU.
     """
-    on_cpu = sorted(rank for rank, memory in memories.items() if memory.is_cpu)
-    on_gpu = sorted(set(memories) - set(on_cpu))
-    if on_cpu and on_gpu:
-        raise PlanError(
-            f"ranks {on_cpu} hold their shards in CPU memory and ranks {on_gpu} on GPUs: an update needs all of them "
-            "in one kind of memory (staged execution, which would mix them, is not supported yet)"
-        )
-    if on_cpu and device.type != "cpu":
-        raise PlanError(
-            f"the engine computes on {device.type} and the shards of ranks {on_cpu} are in CPU memory: move them to "
-            "the GPU before update_weights (staged execution of off-loaded shards is not supported yet)"
-        )
+    on_gpu = [r for r, memory in memories.items() if not memory.is_cpu]
     if on_gpu and device.type == "cpu":
         raise PlanError(f"the engine computes on the CPU and the shards of ranks {on_gpu} are on GPUs: move them first")
+    is_gpu = device.type != "cpu"
+    return [r for r, memory in memories.items() if nodes[r] != nodes[rank] or (memory.is_cpu and is_gpu)]
 
 
 class CpuTransfer:

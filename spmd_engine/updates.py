@@ -20,7 +20,7 @@ from spmd_engine.fd_passing import PassingError
 from spmd_engine.handles import Exporter, ShardMemory
 from spmd_engine.layout import SourceLayout
 from spmd_engine.process import SchedulerProcess
-from spmd_engine.rendezvous import Rendezvous, node_identity
+from spmd_engine.rendezvous import Rendezvous
 from spmd_engine.sources import Source, SourceReader, ranks_of
 
 T = TypeVar("T")
@@ -113,7 +113,6 @@ class WeightUpdates:
             "ranks": self.last_ranks,
             "key": key,
             "layout": (described.layout, described.optional),
-            "node": node_identity(),
             "in_cpu_memory": described.device is None,
         }
         summary = f"{len(described.layout.weights)} weights over ranks {list(self.last_ranks)}"
@@ -163,10 +162,6 @@ class WeightUpdates:
         note = {"refusal": None if refusal is None else f"{type(refusal).__name__}: {refusal}"}
         meeting = Rendezvous(ranks, self._rank, "update").meet(note, timeout_s=self._timeout_s, watch=watch)
         fd = meeting.link.listener_fd
-        if len({note["node"] for note in meeting.notes}) > 1:
-            if fd >= 0:
-                os.close(fd)
-            raise PlanError(f"the ranks {list(ranks)} with shards are on several nodes, which is not supported yet")
         self._process.send(meeting.link, fds=(fd,) if fd >= 0 else ())
         if fd >= 0:
             os.close(fd)

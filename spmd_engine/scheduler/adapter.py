@@ -64,6 +64,9 @@ def make_server_args(start: Start) -> Any:
         tp_size=len(start.link.ranks),
         random_seed=start.random_seed,
         nccl_port=start.dist_port,
+        nnodes=start.nnodes,
+        node_rank=start.node_rank,
+        dist_init_addr=_join_host_port(start.link.host, start.dist_port),
         watchdog_timeout=_NEVER_S,
     )
     try:
@@ -74,6 +77,10 @@ def make_server_args(start: Start) -> Any:
     except (Exception, SystemExit) as error:
         raise ConfigError(f"SGLang refuses these server arguments: {type(error).__name__}: {error}") from error
     return args
+
+
+def _join_host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _parallel_ranks(args: Any, tp_rank: int) -> dict[str, int]:

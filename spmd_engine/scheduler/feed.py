@@ -129,7 +129,8 @@ class Feed:
             return self._exchange(wide, header, blob, call)
 
         if call.kind == "explain":
-            self._reply(call, value=survey(self._weights, call.payload, exchange))
+            model = adapter.model_of(self._scheduler)
+            self._reply(call, value=survey(self._weights, model, call.payload, exchange, start=self._start))
             return None
         if call.kind == "update_weights":
             wait_s = time.monotonic() - began

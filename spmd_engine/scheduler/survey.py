@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spmd_engine import coverage
+from spmd_engine.channel import Start
 from spmd_engine.digest import digest
 from spmd_engine.layout import ITEM_SIZE, SourceLayout
 from spmd_engine.scheduler.conversion import Conversion
@@ -16,12 +17,16 @@ from spmd_engine.scheduler.weights import Exchange, WeightsKeeper, check_all_use
 from spmd_engine.wants import Want, to_plain, wants_of
 
 
-def survey(weights: WeightsKeeper, payload: dict[str, Any], exchange: Exchange) -> dict[str, Any]:
+def survey(
+    weights: WeightsKeeper, model: torch.nn.Module, payload: dict[str, Any], exchange: Exchange, *, start: Start
+) -> dict[str, Any]:
     """What every rank would read in an update, the same answer on all of them.
 
     Args:
+        model: SGLang's.
         payload: from `spmd_engine.updates`.
         exchange: all-gather over the scheduler processes of `payload["ranks"]`.
+        start: of this process.
 
     Returns:
         "ranks": for each rank the key of what it reads in "wants", its node, and whether its shards are off-loaded;
@@ -32,13 +37,13 @@ def survey(weights: WeightsKeeper, payload: dict[str, Any], exchange: Exchange) 
     """
     ranks, (layout, optional) = tuple(payload["ranks"]), payload["layout"]
     made: list[tuple[dict[str, Want], dict[str, str], dict[str, tuple[int, int]]]] = []
-    error = weights.attempt(lambda: made.append(wants_and_fallback(weights.model, layout, weights.conversion)))
+    error = weights.attempt(lambda: made.append(wants_and_fallback(model, layout, weights.conversion)))
     wants, fallback, used = made[0] if made else ({}, {}, {})
     text = json.dumps(to_plain(wants))
     fact = {
         "error": error,
         "wants": digest(text),
-        "node": payload["node"],
+        "node": start.node,
         "off_loaded": payload["in_cpu_memory"] and weights.device.type != "cpu",
     }
     frames = exchange(fact, json.dumps([used, fallback]).encode())
@@ -48,7 +53,7 @@ def survey(weights: WeightsKeeper, payload: dict[str, Any], exchange: Exchange) 
     check_all_used(layout, optional, [used for used, _ in found])
     # Ranks of all replicas read the same as those of the first: one of them says what.
     keys = [header["wants"] for header in facts]
-    is_first = keys.index(fact["wants"]) == ranks.index(weights.rank)
+    is_first = keys.index(fact["wants"]) == ranks.index(start.rank)
     said = exchange({}, text.encode() if is_first else b"")
     return {
         "ranks": facts,

@@ -11,25 +11,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
-from spmd_engine import coverage, transfer
+from spmd_engine import coverage, stages, transfer
 from spmd_engine.channel import Start
 from spmd_engine.errors import ErrorReport, PlanError, SpmdEngineError, WeightsInconsistentError
 from spmd_engine.fd_passing import DescriptorServer, PassingError
 from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.layout import SourceLayout, Weight, contiguous_strides
 from spmd_engine.links import Frame
-from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan
+from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan, numbered
 from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.recorder import DTYPE_NAMES, DTYPES, Recorder, Recording
+from spmd_engine.staged import BUCKET_BYTES, Failure, Network, StagedTransfer, join_store, serve_store
 from spmd_engine.stats import UpdateStats
 
 logger = logging.getLogger(__name__)
 
 Exchange = Callable[[dict[str, Any], bytes], list[Frame]]
+# Of each rank of an update the number of its node, and whether its shards are in CPU memory.
+Situation = tuple[tuple[int, bool], ...]
 _NAMES_SHOWN = 5
 
 
@@ -38,16 +43,22 @@ class _Prepared:
     """What the first update with a layout leaves for the later ones."""
 
     layout: SourceLayout
-    plan: TransferPlan
+    plan: TransferPlan  # of what is read in place
     buffers: dict[str, torch.Tensor]  # whole weights for the fallback
     converted: frozenset[str]  # those of them that the loader knows under other names
     used: dict[str, tuple[int, int]]
     record_s: float
     plan_s: float
     transfer: transfer.Transfer
+    staged: StagedTransfer | None  # what cannot be read in place
     has_constants: bool  # the loader fills some elements by itself
     target: Probe  # a loader that replaces a parameter makes the plan void
     is_bound: bool = False  # to the present addresses of the shards
+
+    def close(self) -> None:
+        self.transfer.close()
+        if self.staged is not None:
+            self.staged.close()
 
 
 class WeightsKeeper:
@@ -56,7 +67,6 @@ class WeightsKeeper:
     Attributes:
         version: number of the last update that was committed.
         device: of the parameters.
-        rank: global rank of this process.
         conversion: of the trainer's names and shapes to those that the model's loader knows.
         is_inspected: whether all plans are known to fit the parameters that SGLang has now.
     """
@@ -64,10 +74,14 @@ class WeightsKeeper:
     def __init__(self, scheduler: Any, start: Start) -> None:
         self.version = start.weight_version
         self.is_inspected = False
-        self._scheduler, self.rank = scheduler, start.rank
+        self._scheduler, self._rank = scheduler, start.rank
         self._layouts: dict[str, tuple[SourceLayout, frozenset[str]]] = {}
-        self._prepared: dict[str, _Prepared] = {}
+        # By layout, and by where the shards were: what cannot be read in place takes another plan.
+        self._prepared: dict[tuple[str, Situation], _Prepared] = {}
+        self._situations: dict[str, Situation] = {}  # the last one of each layout
         self._memories: dict[int, ShardMemory] = {}  # of each rank, as it last said
+        self._networks: dict[tuple[int, ...], Network] = {}
+        self._start = start
         self.device = next(adapter.model_of(scheduler).parameters()).device
         self._handles = None if self.device.type == "cpu" else OpenHandles(self.device.index or 0)
         self._offered: DescriptorServer | None = None
@@ -77,11 +91,6 @@ class WeightsKeeper:
         self._are_lost = False  # the parameters' contents, constants included
         self.conversion = Conversion(adapter.hf_config_of(scheduler))
 
-    @property
-    def model(self) -> torch.nn.Module:
-        """SGLang's model."""
-        return adapter.model_of(self._scheduler)
-
     def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:
         """Take the file descriptors of this rank's memory from the trainer, and offer them until `withdraw`."""
         self.withdraw()
@@ -89,7 +98,7 @@ class WeightsKeeper:
             with sock:
                 self._offered = DescriptorServer.receive(sock, counts)
         except PassingError:
-            logger.exception("rank %d: the file descriptors of the weights did not come", self.rank)
+            logger.exception("rank %d: the file descriptors of the weights did not come", self._rank)
 
     def withdraw(self) -> None:
         """Stop offering them: all who need them have them, or the update has failed."""
@@ -120,7 +129,7 @@ class WeightsKeeper:
             return
         model = adapter.model_of(self._scheduler)
         for key in [key for key, prepared in self._prepared.items() if not prepared.target.holds(model)]:
-            self._prepared.pop(key).transfer.close()
+            self._prepared.pop(key).close()
         self.is_inspected = True
 
     def announce(self, payload: dict[str, Any]) -> Frame:
@@ -137,9 +146,14 @@ class WeightsKeeper:
             memory = replace(memory, offered_at=self._offered.address)
         described, places = (None, b"") if memory is None else memory.to_frame()
         self.inspect()
-        prepared = self._prepared.get(key)
-        is_bound = prepared is not None and prepared.is_bound
-        news = {"is_new": prepared is None, "is_bound": is_bound, "memory": described, "version": self.version}
+        prepared = self._prepared.get((key, self._situations.get(key, ())))
+        news = {
+            "is_new": prepared is None,
+            "is_bound": prepared is not None and prepared.is_bound,
+            "memory": described,
+            "version": self.version,
+            "node": self._start.node,
+        }
         return news, places
 
     def update(
@@ -161,31 +175,47 @@ class WeightsKeeper:
         """
         ranks, key = tuple(payload["ranks"]), payload["key"]
         self._take_places(ranks, frames)
+        nodes = numbered({rank: str(state["node"]) for rank, (state, _) in zip(ranks, frames, strict=True)})
+        situation: Situation = tuple((nodes[rank], self._memories[rank].is_cpu) for rank in ranks)
         # What any rank needs, all do: each step ends in an exchange that all must reach.
-        is_new = any(state["is_new"] for state, _ in frames)
+        if any(state["is_new"] for state, _ in frames):
+            self._forget(key)
+        is_new = (key, situation) not in self._prepared
         if is_new:
-            self._prepare_together(key, ranks, exchange)
-        prepared = self._prepared[key]
+            self._prepared[key, situation] = self._prepare_together(key, ranks, nodes, exchange)
+        self._situations[key] = situation
+        prepared = self._prepared[key, situation]
         binding = time.monotonic()
         if is_new or any(state["memory"] is not None or not state["is_bound"] for state, _ in frames):
             self._bind_together(prepared, ranks, exchange)
 
         copying = time.monotonic()
-        done: list[tuple[float, int | None]] = []
-        error = self.attempt(lambda: done.append(self._copy(prepared, verify=payload["verify"], flush=flush)))
+        verify, done = bool(payload["verify"]), list[tuple[float, int | None]]()
+        error = self.attempt(lambda: self._begin(prepared, flush=flush))
+        wrong, is_over = 0, False
+        if prepared.staged is not None:
+
+            def agree(failure: Failure) -> bool:
+                return any(state["error"] is not None for state, _ in exchange({"error": failure}, b""))
+
+            error, is_over, wrong = prepared.staged.run(agree, self.attempt, error, verify=verify)
+        if error is None and not is_over:
+            error = self.attempt(lambda: done.append(self._end(prepared, verify=verify)))
         copied = time.monotonic()
         self.is_inspected = False
         tried = max(state["version"] for state, _ in frames) + 1  # a death at a commit may have left ranks behind
         self._finish(exchange({"error": error}, b""), ranks, tried)
-        device_s, wrong = done[0]
+        device_s, wrong_in_place = done[0]
         return UpdateStats(
             weight_version=self.version,
             planned=is_new,
             local_bytes=prepared.plan.local_bytes,
             remote_bytes=prepared.plan.remote_bytes,
+            network_bytes=prepared.staged.plan.network_bytes if prepared.staged else 0,
+            staged_bytes=prepared.staged.plan.staged_bytes if prepared.staged else 0,
             block_copies=len(prepared.plan.table),
             fallback_weights=tuple(sorted(prepared.buffers)),
-            wrong_elements=wrong,
+            wrong_elements=None if wrong_in_place is None else wrong_in_place + wrong,
             record_s=prepared.record_s if is_new else 0.0,
             plan_s=prepared.plan_s if is_new else 0.0,
             wait_s=wait_s,
@@ -210,31 +240,49 @@ class WeightsKeeper:
         memories = {rank: self._memories[rank] for rank in ranks}
 
         def bind() -> None:
-            transfer.check_reachable(memories, self.device)
             if self._handles is not None:  # what has moved is closed before its successor is opened
-                self._handles.keep_only(handle for memory in self._memories.values() for handle in memory.handles)
+                shards = [handle for memory in self._memories.values() for handle in memory.handles]
+                buckets = [b for p in self._prepared.values() if p.staged is not None for b in p.staged.buckets()]
+                self._handles.keep_only([*shards, *buckets])
             prepared.transfer.bind(memories)
+            if prepared.staged is not None:
+                prepared.staged.bind(memories)
 
         raise_first(exchange({"error": self.attempt(bind)}, b""), ranks)
         prepared.is_bound = True
 
-    def _prepare_together(self, key: str, ranks: tuple[int, ...], exchange: Exchange) -> None:
+    def _forget(self, key: str) -> None:
+        """Drop all plans for a layout."""
+        for one in [one for one in self._prepared if one[0] == key]:
+            self._prepared.pop(one).close()
+
+    def _prepare_together(
+        self, key: str, ranks: tuple[int, ...], nodes: Mapping[int, int], exchange: Exchange
+    ) -> _Prepared:
         """Record and plan on all ranks; none keeps a plan that another could not make."""
-        made: list[_Prepared] = []
-        error = self.attempt(lambda: made.append(self._prepare(key)))
-        used = made[0].used if made else {}
+        made: list[tuple[_Prepared, TransferPlan]] = []
+        memories = {rank: self._memories[rank] for rank in ranks}
+        error = self.attempt(lambda: made.append(self._prepare(key, memories, nodes)))
+        used = made[0][0].used if made else {}
         frames = exchange({"error": error}, json.dumps(used).encode())
         raise_first(frames, ranks)
         layout, optional = self._layouts[key]
         check_all_used(layout, optional, [json.loads(blob) for _, blob in frames])
-        self._prepared[key] = made[0]
+        prepared, rest = made[0]
+        # The same on all ranks: whether any of them has something that it cannot read in place.
+        if any(transfer.unreachable(memories, nodes, rank, self.device) for rank in ranks):
+            prepared.staged = self._prepare_stages(rest, ranks, nodes, exchange)
+        return prepared
 
-    def _prepare(self, key: str) -> _Prepared:
+    def _prepare(
+        self, key: str, memories: Mapping[int, ShardMemory], nodes: Mapping[int, int]
+    ) -> tuple[_Prepared, TransferPlan]:
+        """Record and plan. Returns also what of the plan cannot be read in place."""
         layout, _ = self._layouts[key]
         model = adapter.model_of(self._scheduler)
+        staged = transfer.unreachable(memories, nodes, self._rank, self.device)
         began = time.monotonic()
-        copies, reasons, converted, has_constants = recorded(model, layout, self.conversion)
-        fallback = reasons.keys()
+        copies, fallback, converted, has_constants = recorded(model, layout, self.conversion)
         planning = time.monotonic()
         by_name = {weight.name: weight for weight in layout.weights}
         buffers = {
@@ -242,9 +290,10 @@ class WeightsKeeper:
             for name in fallback
         }
         whole = [_whole(by_name[name], buffer) for name, buffer in sorted(buffers.items())]
-        plan = build_plan(layout, [*copies, *whole], rank=self.rank)
+        everything = build_plan(layout, [*copies, *whole], rank=self._rank, nodes=nodes)
+        plan, rest = stages.split(everything, staged, rank=self._rank) if staged else (everything, stages.NOTHING)
         used = {**coverage.reach(copies), **coverage.reach(whole)}
-        return _Prepared(
+        prepared = _Prepared(
             layout=layout,
             plan=plan,
             buffers=buffers,
@@ -254,19 +303,73 @@ class WeightsKeeper:
             plan_s=time.monotonic() - planning,
             has_constants=has_constants,
             target=Probe(model, model.parameters()),
-            transfer=transfer.prepare(plan, rank=self.rank, device=self.device, handles=self._handles),
+            transfer=transfer.prepare(plan, rank=self._rank, device=self.device, handles=self._handles),
+            staged=None,
         )
+        return prepared, rest
+
+    def _prepare_stages(
+        self, rest: TransferPlan, ranks: tuple[int, ...], nodes: Mapping[int, int], exchange: Exchange
+    ) -> StagedTransfer:
+        """Plan with all ranks how the rest comes, and connect to them.
+
+        Args:
+            rest: what this rank cannot read in place; other ranks may have some if it has none.
+        """
+        frames = exchange({}, stages.wants(rest).tobytes())
+        wanted = {r: np.frombuffer(blob, stages.WANT_DTYPE) for r, (_, blob) in zip(ranks, frames, strict=True)}
+        made: list[StagedTransfer] = []
+        offers: list[Frame] = []
+        stores: list[dist.Store] = []
+
+        def make() -> None:
+            plan = stages.plan_stages(rest, wanted, rank=self._rank, nodes=nodes, bucket_bytes=BUCKET_BYTES)
+            on_cpu = self._memories[self._rank].is_cpu if self._rank in self._memories else False
+            made.append(
+                StagedTransfer(plan, rank=self._rank, device=self.device, handles=self._handles, shards_on_cpu=on_cpu)
+            )
+            header, blob = made[0].offer()
+            if plan.is_network and ranks not in self._networks and self._rank == ranks[0]:
+                store, port = serve_store(self._start.host, self._start.timeout_s)
+                stores.append(store)
+                header["store"] = [self._start.host, port]
+            offers.append((header, blob))
+
+        def connect() -> None:
+            if made[0].plan.is_network and ranks not in self._networks:
+                host, port = offered[0][0]["store"]
+                store = stores[0] if stores else join_store(str(host), int(port), self._start.timeout_s)
+                self._networks[ranks] = Network(
+                    ranks,
+                    self._rank,
+                    host=self._start.host,
+                    device=self.device,
+                    store=store,
+                    timeout_s=self._start.timeout_s,
+                )
+            made[0].accept(dict(zip(ranks, offered, strict=True)), self._networks.get(ranks))
+
+        error = self.attempt(make)
+        header, blob = offers[0] if error is None else ({}, b"")
+        offered = exchange({"error": error, **header}, blob)
+        raise_first(offered, ranks)
+        raise_first(exchange({"error": self.attempt(connect)}, b""), ranks)
+        return made[0]
 
     # ---- the copy and after ----
 
-    def _copy(self, prepared: _Prepared, *, verify: bool, flush: bool) -> tuple[float, int | None]:
-        """Run the plan and the fallback; seconds of the copy itself, and wrong elements if `verify`."""
-        model = adapter.model_of(self._scheduler)
+    def _begin(self, prepared: _Prepared, *, flush: bool) -> None:
+        """Begin to copy what is read in place."""
         if self._are_lost and prepared.has_constants:
-            _record(model, prepared.layout, self.conversion)  # a recording writes the loader's own constants
+            # A recording writes the loader's own constants.
+            _record(adapter.model_of(self._scheduler), prepared.layout, self.conversion)
         prepared.transfer.start()
         if flush:
             adapter.flush_cache(self._scheduler)  # while a GPU copies; it names tokens by the old weights
+
+    def _end(self, prepared: _Prepared, *, verify: bool) -> tuple[float, int | None]:
+        """Wait for it, then run the fallback; seconds of the copy itself, and wrong elements if `verify`."""
+        model = adapter.model_of(self._scheduler)
         device_s = prepared.transfer.finish()
         # Before the fallback, whose loaders may work in place.
         wrong = prepared.transfer.compare() if verify else None
@@ -279,7 +382,7 @@ class WeightsKeeper:
         prepared.transfer.wait()
         return device_s, wrong
 
-    def attempt(self, action: Callable[[], object]) -> list[str] | None:
+    def attempt(self, action: Callable[[], object]) -> Failure:
         """Run `action`; its failure as [kind, message], for all ranks to hear before any of them raises."""
         try:
             action()
@@ -287,7 +390,7 @@ class WeightsKeeper:
             return [type(error).__name__, str(error)]
         except Exception as error:
             logger.exception("weight update failed")
-            return ["TransferError", f"rank {self.rank}: {type(error).__name__}: {error}"]
+            return ["TransferError", f"rank {self._rank}: {type(error).__name__}: {error}"]
         return None
 
     def _finish(self, frames: list[Frame], ranks: tuple[int, ...], tried: int) -> None:
@@ -304,16 +407,22 @@ class WeightsKeeper:
 
 
 def recorded(
-    model: torch.nn.Module, layout: SourceLayout, conversion: Conversion
+    model: torch.nn.Module,
+    layout: SourceLayout,
+    conversion: Conversion,
+    covers: Callable[[str], bool] = lambda parameter: True,
 ) -> tuple[list[RecordedCopy], dict[str, str], frozenset[str], bool]:
     """What fills the model's parameters from a layout: the copies, the weights that take the model's own loader instead
     and why, those that the loader knows under other names, and whether it fills some elements by itself.
+
+    Args:
+        covers: which parameters must be filled; all, except where the layout is a part of a trainer's.
 
     Raises:
         PlanError: a parameter that no weight of the source reaches, or only in part.
     """
     recording, converted = _record(model, layout, conversion)
-    fallback = _cover(model, recording) | recording.fallback
+    fallback = _cover(model, recording, covers) | recording.fallback
     copies = [copy for copy in coverage.last_of_duplicates(recording.copies) if copy.weight not in fallback]
     return copies, fallback, converted, bool(recording.constants)
 
@@ -349,7 +458,7 @@ def _record(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion
     )
 
 
-def _cover(model: torch.nn.Module, recording: Recording) -> dict[str, str]:
+def _cover(model: torch.nn.Module, recording: Recording, covers: Callable[[str], bool]) -> dict[str, str]:
     """Weights to send through the fallback, and why, so that every element of every parameter is written exactly once.
 
     Raises:
@@ -380,7 +489,7 @@ def _cover(model: torch.nn.Module, recording: Recording) -> dict[str, str]:
             fallback |= dict.fromkeys(sorted(touching[name]), why)
         elif left is None and name in recording.fallback_parameters:
             continue  # written by the model's own loader, in a way that no boxes describe
-        elif left != 0 and not (recording.is_blind and name not in touching):
+        elif left != 0 and covers(name) and not (recording.is_blind and name not in touching):
             part = "" if name not in touching else f"{left} of the {parameter.numel()} elements of "
             missing.append(f"{part}{name} {list(parameter.shape)}")
     if missing:

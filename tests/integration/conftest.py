@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
+from pyroute2.netlink.exceptions import NetlinkError
 
 from integration.jobs import run_job
+from integration.nodes import Node, two_nodes
 
 Save = Callable[..., str]
-Reference = Callable[[str, int, bool], list[Any]]
+Reference = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +35,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Save:
 
 @pytest.fixture(scope="session")
 def reference(checkpoint: Save, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """reference(name, tp, generates) -> what an engine that loaded seed 2 from disk has, by TP rank; run once."""
+    """reference(name, tp, generates, **config) -> what an engine with seed 2 from disk has, by TP rank; run once."""
 
     @cache
-    def run(name: str, tp: int, generates: bool) -> list[Any]:
-        directory = tmp_path_factory.mktemp("reference")
-        return run_job("weights.reference", tp, directory, path=checkpoint(name, 2), tp=tp, generates=generates).values
+    def run(name: str, tp: int, generates: bool, **config: Any) -> list[Any]:
+        directory, path = tmp_path_factory.mktemp("reference"), checkpoint(name, 2, **config)
+        return run_job("weights.reference", tp, directory, path=path, tp=tp, generates=generates).values
 
     return run
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[tuple[Node, Node]]:
+    """Two nodes with a network between them."""
+    with contextlib.ExitStack() as stack:
+        try:
+            found = stack.enter_context(two_nodes())
+        except (PermissionError, NetlinkError) as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        yield found
 
 
 @pytest.fixture

@@ -9,9 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from integration.nodes import Node
 
 GRACE_S = 15.0
 WORKER = Path(__file__).with_name("worker.py")
@@ -53,6 +56,8 @@ def run_job(
     timeout_s: float = 180.0,
     expect_status: tuple[int | None, ...] | None = None,
     torchrun: bool = False,
+    nodes: Sequence[Node] = (),
+    ipv6: bool = False,
     **arguments: Any,
 ) -> JobResult:
     """Run a scenario on `world` ranks and check their exit status.
@@ -62,6 +67,8 @@ def run_job(
         directory: an empty directory for what the job writes.
         expect_status: exit status of each rank; all zero by default.
         torchrun: start the ranks with torchrun rather than directly.
+        nodes: spread the ranks over these, equally many on each.
+        ipv6: let them meet at an IPv6 address of the first node.
     """
     directory.mkdir(parents=True, exist_ok=True)
     command = [str(WORKER), scenario, json.dumps(arguments), str(directory)]
@@ -76,7 +83,10 @@ def run_job(
         for rank in range(world):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             own = {**env, **{k: str(v) for k, v in ranks.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            processes.append(_start([sys.executable, *command], own, logs[rank]))
+            node = nodes[rank * len(nodes) // world] if nodes else None
+            if node is not None:
+                own.update(node.environment(nodes[0], ipv6=ipv6))
+            processes.append(_start([sys.executable, *command], own, logs[rank], node))
     deadline = time.monotonic() + timeout_s
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         if expect_status is None and any(process.poll() for process in processes):
@@ -102,7 +112,13 @@ def run_job(
     return result
 
 
-def _start(command: list[str], env: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
+def _start(command: list[str], env: dict[str, str], log: Any, node: Node | None = None) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=None if node is None else node.enter,
     )

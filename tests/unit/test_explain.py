@@ -15,8 +15,8 @@ from spmd_engine.wants import wants_of
 
 SPEEDS = LinkSpeeds(hbm=1000.0, nvlink=100.0, host=10.0, network=1.0)
 ROWS = (Shard(0),)
-ONE_NODE = dict.fromkeys(range(4), "a")
-TWO_NODES = {0: "a", 1: "a", 2: "b", 3: "b"}
+ONE_NODE = dict.fromkeys(range(4), 0)
+TWO_NODES = {0: 0, 1: 0, 2: 1, 3: 1}
 
 
 def reader(layout, rows=slice(None), dtype="float32"):
@@ -70,7 +70,7 @@ def test_replicas_on_each_node_leave_the_network_alone():
     layout = sharded("a", placements=(Replicate(), Shard(0)), shape=(2, 2))
     report = make_report(layout, dict.fromkeys(range(4), reader(layout)), nodes=TWO_NODES, speeds=SPEEDS)
     assert report.bytes == {"local": 256, "nvlink": 256, "staged": 0, "network": 0}
-    across = {0: "a", 2: "a", 1: "b", 3: "b"}  # now each node has one half twice
+    across = {0: 0, 2: 0, 1: 1, 3: 1}  # now each node has one half twice
     report = make_report(layout, dict.fromkeys(range(4), reader(layout)), nodes=across, speeds=SPEEDS)
     assert report.bytes == {"local": 256, "nvlink": 128, "staged": 0, "network": 128}
 

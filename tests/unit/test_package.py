@@ -56,7 +56,9 @@ def test_errors_cross_the_process_with_their_type():
 
 
 def make(environ, **kwargs):
-    return child_environment(environ, **{"on_cpu": False, "tp_size": 2, "loopback": True, "scratch": "/s", **kwargs})
+    return child_environment(
+        environ, **{"on_cpu": False, "tp_size": 2, "nnodes": 1, "interface": "lo", "scratch": "/s", **kwargs}
+    )
 
 
 def test_child_environment_leaves_the_launcher_out():

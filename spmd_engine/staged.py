@@ -1,0 +1,255 @@
+"""Runs a StagedPlan: pack into buckets, move the buckets, unpack, with all ranks of an update in step."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from spmd_engine import links, transfer
+from spmd_engine.errors import TransferError
+from spmd_engine.handles import Exporter, OpenHandles, ShardMemory
+from spmd_engine.links import Frame
+from spmd_engine.plan import TransferPlan
+from spmd_engine.stages import ARRIVED, BUCKETS, PACKED, StagedPlan, Step
+
+BUCKET_BYTES = 32 << 20
+# [kind, message] of what went wrong on a rank, None if nothing did.
+Failure = list[str] | None
+Attempt = Callable[[Callable[[], object]], Failure]
+
+
+class Network:
+    """The scheduler processes of an update as a process group of torch.distributed: NCCL for GPUs, gloo for the CPU.
+
+    Args:
+        ranks: global ranks, in an order that all of them know.
+        rank: this one.
+        host: this node's address on the way to the others.
+        device: of the buckets.
+        store: where the ranks find one another.
+        timeout_s: seconds that one move of the buckets may take.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], rank: int, *, host: str, device: torch.device, store: dist.Store, timeout_s: float
+    ) -> None:
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        made: Any = dist.ProcessGroupGloo if device.type == "cpu" else dist.ProcessGroupNCCL
+        options = made._Options() if device.type == "cpu" else made.Options()
+        if device.type == "cpu":
+            options._devices = [made.create_device(hostname=host)]
+        options._timeout = self._timeout
+        self._group = made(store, ranks.index(rank), len(ranks), options)
+
+    def exchange(
+        self, arrived: torch.Tensor, packed: torch.Tensor, receives: Sequence[int], sends: Sequence[int]
+    ) -> Callable[[], None]:
+        """Begin to send and receive so many bytes to and from every rank. Returns what waits for the end.
+
+        Raises:
+            RuntimeError: a connection broke.
+        """
+        work = self._group.alltoall_base(arrived, packed, list(receives), list(sends))
+        return lambda: work.wait(self._timeout)
+
+
+def serve_store(host: str, timeout_s: float) -> tuple[dist.Store, int]:
+    """A store for a `Network`, on `host` at a port of the system's choice."""
+    sock = links.listen(host)
+    port = int(sock.getsockname()[1])
+    return _store(host, port, timeout_s, master_listen_fd=sock.detach()), port
+
+
+def join_store(host: str, port: int, timeout_s: float) -> dist.Store:
+    """The store that another rank serves."""
+    return _store(host, port, timeout_s)
+
+
+def _store(host: str, port: int, timeout_s: float, **kwargs: Any) -> dist.Store:
+    timeout = datetime.timedelta(seconds=timeout_s)
+    return dist.TCPStore(host, port, is_master=bool(kwargs), wait_for_workers=False, timeout=timeout, **kwargs)
+
+
+class StagedTransfer:
+    """The staged part of an update, on one rank.
+
+    It is made in three moves, as every rank must know of the others' buckets: `offer`, `accept`, `bind`.
+
+    Args:
+        plan: for this rank.
+        rank: global rank of this process's trainer.
+        device: of the engine's parameters, and of the buckets.
+        handles: what this process has mapped; needed on a GPU.
+        shards_on_cpu: whether the trainer of this rank holds its shards in CPU memory.
+    """
+
+    def __init__(
+        self,
+        plan: StagedPlan,
+        *,
+        rank: int,
+        device: torch.device,
+        handles: OpenHandles | None,
+        shards_on_cpu: bool,
+    ) -> None:
+        self.plan = plan
+        self._rank, self._device, self._handles = rank, device, handles
+        packs = any(len(step.pack.table) for step in plan.steps)
+        arrives = any(any(step.receives) for step in plan.steps)
+        needed = [(packs and number in PACKED) or (arrives and number in ARRIVED) for number in range(BUCKETS)]
+        size = max((max(step.kept + sum(step.sends), sum(step.receives)) for step in plan.steps), default=0)
+        self._buckets = [torch.empty(size if need else 0, dtype=torch.uint8, device=device) for need in needed]
+        # Shards in CPU memory are packed there, then go to the GPU.
+        self._pack_device = torch.device("cpu") if shards_on_cpu else device
+        self._packed = [self._buckets[number] for number in PACKED]
+        if self._pack_device != device:
+            self._packed = [torch.empty(len(bucket), dtype=torch.uint8, pin_memory=True) for bucket in self._packed]
+        self._memories: dict[int, ShardMemory] = {}
+        self._network: Network | None = None
+        self._rounds = 0
+        self._packs: list[transfer.Transfer | None] = []
+        self._unpacks: list[transfer.Transfer | None] = []
+
+    def offer(self) -> Frame:
+        """What the other ranks must know of this one's buckets."""
+        addresses = np.array([bucket.data_ptr() for bucket in self._buckets], np.uint64)
+        sizes = np.array([bucket.nbytes for bucket in self._buckets], np.uint64)
+        index = None if self._device.type == "cpu" else self._device.index or 0
+        memory = Exporter().export(addresses, sizes, device=index)
+        if self._handles is not None:
+            self._handles.own(memory, addresses)
+        header, blob = memory.to_frame()
+        return {"buckets": header, "steps": len(self.plan.steps)}, blob
+
+    def accept(self, offers: Mapping[int, Frame], network: Network | None) -> None:
+        """Take what every rank has offered.
+
+        Args:
+            offers: by rank.
+            network: between all of them, if any rank sends to another node.
+        """
+        self._memories = {r: ShardMemory.from_frame(header["buckets"], blob) for r, (header, blob) in offers.items()}
+        self._rounds = max(int(header["steps"]) for header, _ in offers.values())
+        self._network = network
+        for number, step in enumerate(self.plan.steps):
+            base = self._packed[number % len(PACKED)].data_ptr()
+            table = step.pack.table.copy()
+            table["dst"] += np.uint64(base)
+            pack = TransferPlan(table, step.pack.rank, step.pack.weight, 0, 0)
+            self._packs.append(self._transfer(pack, self._pack_device))
+            self._unpacks.append(self._transfer(step.unpack, self._device))
+
+    def _transfer(self, plan: TransferPlan, device: torch.device) -> transfer.Transfer | None:
+        if not len(plan.table):
+            return None
+        return transfer.prepare(plan, rank=self._rank, device=device, handles=self._handles)
+
+    def bind(self, memories: Mapping[int, ShardMemory]) -> None:
+        """Take the present addresses of all shards.
+
+        Raises:
+            TransferError: memory cannot be reached. Nothing was written.
+        """
+        for pack, unpack in zip(self._packs, self._unpacks, strict=True):
+            if pack is not None:
+                pack.bind({self._rank: memories[self._rank]})
+            if unpack is not None:
+                unpack.bind(self._memories)
+
+    def buckets(self) -> list[bytes]:
+        """Handles of the buckets of all ranks, which must stay open."""
+        return [handle for memory in self._memories.values() for handle in memory.handles]
+
+    def run(
+        self, agree: Callable[[Failure], bool], attempt: Attempt, failure: Failure, *, verify: bool
+    ) -> tuple[Failure, bool, int]:
+        """Move everything. All ranks take the same number of steps, or stop after the same one.
+
+        Args:
+            agree: tells all ranks of this one's failure, and whether any rank has one. Also a barrier.
+            attempt: runs an action; returns how it failed, if it did.
+            failure: of what came before, on this rank.
+            verify: compare what was packed and what was unpacked.
+
+        Returns:
+            The failure of this rank; whether that of some rank stopped all; and how many elements differ.
+        """
+        wrong = [0]
+        if failure is None:
+            failure = attempt(lambda: self._pack(0, wrong, verify))
+        for number in range(self._rounds + 1):
+            if agree(failure):
+                return failure, True, wrong[0]
+            failure = attempt(lambda at=number: self._turn(at, wrong, verify))  # type: ignore[misc]
+        return failure, False, wrong[0]
+
+    def _turn(self, number: int, wrong: list[int], verify: bool) -> None:
+        """Everybody has packed step `number`, and unpacked the one before the last."""
+        wait = self._send(number)
+        try:
+            self._pack(number + 1, wrong, verify)
+            self._unpack(number - 1, wrong, verify)
+        finally:
+            wait()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _step(self, number: int) -> Step | None:
+        return self.plan.steps[number] if 0 <= number < len(self.plan.steps) else None
+
+    def _pack(self, number: int, wrong: list[int], verify: bool) -> None:
+        step = self._step(number)
+        if step is None or (pack := self._packs[number]) is None:
+            return
+        pack.start()
+        pack.finish()
+        if verify:
+            wrong[0] += pack.compare()
+        if self._pack_device != self._device:
+            slot, size = number % len(PACKED), step.kept + sum(step.sends)
+            self._buckets[PACKED[slot]][:size].copy_(self._packed[slot][:size], non_blocking=True)
+
+    def _send(self, number: int) -> Callable[[], None]:
+        if self._network is None or number >= self._rounds:
+            return lambda: None
+        step = self._step(number)
+        world = len(self._memories)
+        sends, receives = (step.sends, step.receives) if step else ((0,) * world, (0,) * world)
+        kept = step.kept if step else 0
+        packed = self._buckets[PACKED[number % len(PACKED)]][kept : kept + sum(sends)]
+        arrived = self._buckets[ARRIVED[number % len(ARRIVED)]][: sum(receives)]
+        try:
+            wait = self._network.exchange(arrived, packed, receives, sends)
+        except RuntimeError as error:
+            raise self._broken(error) from error
+
+        def wait_for_it() -> None:
+            try:
+                wait()
+            except RuntimeError as error:
+                raise self._broken(error) from error
+
+        return wait_for_it
+
+    def _broken(self, error: Exception) -> TransferError:
+        return TransferError(f"rank {self._rank}: weights did not come over the network: {error}")
+
+    def _unpack(self, number: int, wrong: list[int], verify: bool) -> None:
+        if self._step(number) is None or (unpack := self._unpacks[number]) is None:
+            return
+        unpack.start()
+        unpack.finish()
+        if verify:
+            wrong[0] += unpack.compare()
+
+    def close(self) -> None:
+        """Give back what the transfer holds. Twice is fine."""
+        for one in (*self._packs, *self._unpacks):
+            if one is not None:
+                one.close()
+        self._buckets, self._packed = [], []
