@@ -173,7 +173,7 @@ class PlanReport:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         unit, scale = _unit(int(self.matrix.max(initial=0)))
-        image = axes.imshow(np.where(self.matrix > 0, self.matrix / scale, np.nan), interpolation="nearest")
+        image = axes.imshow(np.where(self.matrix > 0, self.matrix / scale, np.nan), vmin=0, interpolation="nearest")
         figure.colorbar(image, ax=axes, label=unit)
         axes.set_xlabel("source rank")
         axes.set_ylabel("reading rank")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,15 +64,21 @@ def survey(
 
 
 def wants_and_fallback(
-    model: torch.nn.Module, layout: SourceLayout, conversion: Conversion
+    model: torch.nn.Module,
+    layout: SourceLayout,
+    conversion: Conversion,
+    covers: Callable[[str], bool] = lambda parameter: True,
 ) -> tuple[dict[str, Want], dict[str, str], dict[str, tuple[int, int]]]:
     """What this rank would read of each weight, which weights it would read whole for the model's own loader and why,
     and the first and last element of each that it reads.
 
+    Args:
+        covers: which parameters must be filled.
+
     Raises:
         PlanError: a parameter that no weight of the source reaches, or only in part.
     """
-    copies, fallback, _, _ = recorded(model, layout, conversion)
+    copies, fallback, _, _ = recorded(model, layout, conversion, covers)
     by_name = {weight.name: weight for weight in layout.weights}
     wants = wants_of(copies, {name: weight.shape for name, weight in by_name.items()})
     used = coverage.reach(copies)

@@ -39,8 +39,11 @@ def update(context: Any, name: str, path: str, tp: int, generates: bool, replica
         model = models.make_model(name, seed=2)
         if not replicate:
             shard(model, context.world)
+        report = engine.explain(model)
         first = engine.update_weights(model, verify=True)
         assert first.planned and first.wrong_elements == 0
+        expected = {"local": first.local_bytes, "nvlink": first.remote_bytes, "staged": 0, "network": 0}
+        assert report.bytes_of(context.rank) == expected and tuple(report.fallback) == first.fallback_weights
         assert engine.weight_version == first.weight_version == 1
         second = engine.update_weights(model, verify=True)
         assert not second.planned and second.record_s == 0 and second.wrong_elements == 0
@@ -54,21 +57,23 @@ def update(context: Any, name: str, path: str, tp: int, generates: bool, replica
             "local": first.local_bytes,
             "remote": first.remote_bytes,
             "fallback": first.fallback_weights,
+            "report": report.to_dict(),
         }
 
 
-def expert_parallel(context: Any, path: str, other: str) -> None:
+def expert_parallel(context: Any, path: str, other: str) -> dict[str, Any]:
     """An engine whose ranks hold whole experts, as the trainer's `Shard(0)` of fused experts does."""
     with context.engine(path, context.world, ep_size=context.world) as engine:
         model = shard(models.make_model("qwen3_moe", seed=2), context.world)
-        explained = engine.explain(model).bytes_of(context.rank)
+        report = engine.explain(model)
         stats = engine.update_weights(model, verify=True)
         assert stats.wrong_elements == 0 and stats.fallback_weights == ()
-        assert (explained["local"], explained["nvlink"]) == (stats.local_bytes, stats.remote_bytes)
+        assert report.bytes_of(context.rank)["local"] == stats.local_bytes
         assert stats.remote_bytes * 20 < stats.local_bytes  # with TP alone, half of each expert would cross
         moved = engine.weight_checksums()
     with context.engine(other, context.world, ep_size=context.world) as engine:
         assert engine.weight_checksums() == moved
+    return report.to_dict()
 
 
 def explain(context: Any, path: str) -> dict[str, Any]:
