@@ -402,7 +402,8 @@ def _sources(weight: Weight, layout: SourceLayout, holders: np.ndarray, cluster:
         replica = replica_of(mesh, weight.placements, rank)
         key = (replica, node[at])
         if key not in lines:
-            lines[key] = np.array([nearest(line, at, replica, node) for line in holders.tolist()])
+            far = replica_of(mesh, weight.placements, cluster.ranks[cluster.members[node[at]][0]])
+            lines[key] = np.array([nearest(line, at, replica, far, node) for line in holders.tolist()])
         found[at] = lines[key]
     return found
 

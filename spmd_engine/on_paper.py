@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spmd_engine.errors import ConfigError, ErrorReport, SchedulerError
 from spmd_engine.explain import LinkSpeeds, PlanReport, make_report
@@ -28,6 +28,7 @@ from spmd_engine.wants import Want, from_plain
 
 PLACEMENTS = ("shard0", "shard1", "matched")
 _LOG_TAIL = 4000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,14 @@ def plan_on_paper(model: str | os.PathLike[str], cluster: Cluster, *, speeds: Li
         path = _plain_model(os.fspath(model), Path(scratch))
         answer = _ask(path, cluster, Path(scratch))
     names = [name for name, *_ in answer["weights"]]
-    readers = [_expanded(from_plain(rank["wants"]), rank["like"], names) for rank in answer["ranks"]]
-    fallback = {
-        name: why for rank in answer["ranks"] for name, why in _expanded(rank["fallback"], rank["like"], names).items()
-    }
+    readers: list[dict[str, Want]] = []
+    fallback: dict[str, str] = {}
+    firsts: dict[str, str] = {}
+    for number, rank in enumerate(answer["ranks"]):
+        if not number or rank["like"] != answer["ranks"][number - 1]["like"]:
+            firsts = _firsts(rank["like"], names)
+        readers.append(_expanded(from_plain(rank["wants"]), firsts))
+        fallback |= _expanded(rank["fallback"], firsts)
     mesh = Mesh((cluster.replicate, cluster.fsdp), tuple(range(cluster.world)))
     weights = []
     for name, shape, dtype, is_parameter in answer["weights"]:
@@ -161,17 +166,20 @@ def _ask(path: Path, cluster: Cluster, scratch: Path) -> dict[str, Any]:
     return answer
 
 
-def _expanded(found: Mapping[str, Any], like: Mapping[str, str], names: list[str]) -> dict[str, Any]:
-    """What was found for the first of several like layers, for all of them."""
-    expanded = {}
+def _firsts(like: Mapping[str, str], names: list[str]) -> dict[str, str]:
+    """For each name that of the same weight in the first of the layers that are like its own."""
+    firsts = {}
     for name in names:
-        stem, first = name, name
+        stem = firsts[name] = name
         while stem := stem.rpartition(".")[0]:
             if stem in like:
-                first = like[stem] + name[len(stem) :]
-        if first in found:
-            expanded[name] = found[first]
-    return expanded
+                firsts[name] = like[stem] + name[len(stem) :]
+    return firsts
+
+
+def _expanded(found: Mapping[str, T], firsts: Mapping[str, str]) -> dict[str, T]:
+    """What was found for the first of several like layers, for all of them."""
+    return {name: found[first] for name, first in firsts.items() if first in found}
 
 
 def _placement(kind: str, shape: tuple[int, ...], want: Want | None) -> Placement:

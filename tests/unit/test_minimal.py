@@ -17,8 +17,8 @@ from sharding import CASES, DTYPES, draw_placements, meshes, random_weight, scat
 
 from spmd_engine import _native
 from spmd_engine.explain import LinkSpeeds, make_report
-from spmd_engine.layout import ITEM_SIZE, SourceLayout, Weight
-from spmd_engine.plan import build_plan
+from spmd_engine.layout import ITEM_SIZE, Mesh, Replicate, Shard, SourceLayout, Weight
+from spmd_engine.plan import RecordedCopy, build_plan
 from spmd_engine.scheduler.recorder import Recorder
 from spmd_engine.wants import from_plain, to_plain, wants_of
 
@@ -132,6 +132,19 @@ def jobs(draw):
     nodes = {rank: i // per_node for i, rank in enumerate(order)}
     dtype = DTYPES[draw(st.sampled_from(list(DTYPES)))]
     return SourceLayout(tuple(weights), (mesh,)), parts, n, nodes, dtype
+
+
+def test_a_node_reads_in_its_own_replica_of_the_weights():
+    """Two replicas of two nodes: what a node lacks comes from the other one of its replica, and each sends as much."""
+    layout = SourceLayout((Weight("w", (8,), "float32", 0, (Replicate(), Shard(0))),), (Mesh((2, 4), tuple(range(8))),))
+    nodes = {rank: rank // 2 for rank in range(8)}
+    whole = RecordedCopy("w", (8,), 0, (1,), 64, (1,), "float32", "p")
+    wants = wants_of([whole], {"w": (8,)})
+    report = make_report(layout, dict.fromkeys(range(8), wants), nodes=nodes, speeds=SPEEDS)
+    assert report.network.tolist() == [[0, 16, 0, 0], [16, 0, 0, 0], [0, 0, 0, 16], [0, 0, 16, 0]]
+    for rank in range(8):
+        plan = build_plan(layout, [whole], rank=rank, nodes=nodes)
+        assert set(plan.rank.tolist()) == set(range(4) if rank < 4 else range(4, 8))
 
 
 def holders(layout):
