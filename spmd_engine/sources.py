@@ -166,7 +166,7 @@ def _check_devices(devices: dict[torch.device, str]) -> None:
         (one, first), (other, second) = list(devices.items())[:2]
         raise PlanError(
             f"weight {first!r} is on {one} and weight {second!r} on {other}: all weights of a rank must be on one "
-            "device (staged execution, which would mix them, is not supported yet)"
+            "device"
         )
 
 

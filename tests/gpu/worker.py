@@ -93,7 +93,7 @@ def sources(path: str) -> None:
     with make_engine(path, 1) as engine:
         model = models.make_model("qwen2", seed=2, **SHAPE).cuda()
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        engine.update_weights(weights, verify=True)
+        first = engine.update_weights(weights, verify=True)
         expected = engine.weight_checksums()
         before = engine.weight_version
 
@@ -137,10 +137,20 @@ def sources(path: str) -> None:
             mixed.clear()
             torch.cuda.empty_cache()
 
+        # Off-loaded to the CPU, pinned or not, and cast on the way: through buckets.
+        assert engine.weight_version == before + 12
+        cpu = {name: tensor.cpu() for name, tensor in weights.items()}
+        pinned = {name: tensor.pin_memory() for name, tensor in cpu.items()}
+        for source in (cpu, pinned, {name: tensor.float() for name, tensor in cpu.items()}):
+            engine.update_weights(kept[1])
+            stats = engine.update_weights(source, verify=True)
+            assert stats.wrong_elements == 0 and stats.network_bytes == 0
+            assert stats.staged_bytes == first.local_bytes and stats.local_bytes == stats.remote_bytes == 0
+            assert engine.weight_checksums() == expected
+            rate = stats.staged_bytes / stats.copy_s / 1e9
+            print(f"off-loaded: copy {stats.copy_s * 1e3:.1f} ms, {rate:.1f} GB/s")
+
         version = engine.weight_version
-        assert version == before + 12
-        with pytest.raises(errors.PlanError, match="staged execution"):
-            engine.update_weights({name: tensor.cpu() for name, tensor in weights.items()})
         mixed = {name: tensor.cpu() if i == 3 else tensor for i, (name, tensor) in enumerate(weights.items())}
         with pytest.raises(errors.PlanError, match="must be on one device"):
             engine.update_weights(mixed)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from typing import Any
 
 import models
+import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from integration.scenarios.common import greedy, shard
-
-
-def generate(context: Any, path: str, tp: int) -> dict[str, Any]:
-    """Tokens of an engine whose TP ranks are on two nodes."""
-    with context.engine(path, tp) as engine:
-        return {"tokens": greedy(engine), "checksums": engine.weight_checksums()}
+from integration.scenarios.weights import unmapped_like
+from spmd_engine import errors
 
 
 def update(context: Any, path: str, tp: int, config: dict[str, Any]) -> dict[str, Any]:
@@ -23,5 +28,84 @@ def update(context: Any, path: str, tp: int, config: dict[str, Any]) -> dict[str
         assert first.planned and first.wrong_elements == 0
         again = engine.update_weights(model, verify=True)
         assert not again.planned and again.wrong_elements == 0
-        sizes = {name: getattr(again, f"{name}_bytes") for name in ("local", "remote", "network", "staged")}
-        return {"checksums": engine.weight_checksums(), "tokens": greedy(engine), "sizes": sizes}
+        rows = [p for name, p in model.named_parameters() if "o_proj" in name or "down_proj" in name]
+        return {
+            "checksums": engine.weight_checksums(),
+            "tokens": greedy(engine),
+            "network_bytes": again.network_bytes,
+            "staged_bytes": again.staged_bytes,
+            "model_bytes": sum(p.nbytes for p in model.parameters()),
+            "row_parallel_bytes": sum(p.nbytes for p in rows),
+        }
+
+
+def sources(context: Any, path: str) -> dict[str, Any]:
+    """Two replicas, one on each node, and one trainer over both."""
+    with context.engine(path, 2, enable_memory_saver=True) as engine:
+
+        def update(source: Any, **expected: Any) -> Any:
+            stats = engine.update_weights(source, verify=True)
+            assert stats.wrong_elements == 0
+            assert {name: getattr(stats, name) for name in expected} == expected
+            return stats, engine.weight_checksums()
+
+        models_of = {seed: shard(models.make_model("qwen2", seed=seed), context.world) for seed in (2, 3)}
+        first, checksums = update(models_of[2], planned=True)
+        _, others = update(models_of[3], planned=False)  # the same layout elsewhere: bound anew, not planned
+        assert others != checksums
+        assert update(models_of[2], planned=False)[1] == checksums
+
+        # What the engine would round anyway is rounded before it travels.
+        wide = shard(models.make_model("qwen2", seed=2).float(), context.world)
+        _, found = update(wide, planned=True, network_bytes=first.network_bytes)
+        assert found == checksums
+
+        # Replicated over the nodes, sharded inside them: everything is near.
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        near = fully_shard(models.make_model("qwen2", seed=2), mesh=mesh)
+        assert update(near, planned=True, network_bytes=0, staged_bytes=0)[1] == checksums
+
+        # A refusal reaches all ranks, and the old weights serve.
+        tokens = greedy(engine)
+        parts = dict(models_of[3].named_parameters())
+        parts.pop("model.norm.weight")
+        with pytest.raises(errors.PlanError, match=r"no weight for model\.norm\.weight"):
+            engine.update_weights(parts)
+        assert greedy(engine) == tokens
+
+        # A shard that cannot be read stops all ranks after the same step; the next update heals the mixture.
+        name = "model.layers.0.self_attn.q_proj.weight"
+        whole = dict(models_of[2].named_parameters())
+        local = whole[name].to_local()
+        gone = unmapped_like(local) if context.rank == 3 else local
+        broken = {**whole, name: DTensor.from_local(gone, whole[name].device_mesh, whole[name].placements)}
+        with pytest.raises(errors.TransferError, match="rank 3 could not read a shard"):
+            engine.update_weights(broken)
+        with pytest.raises(errors.WeightsInconsistentError, match="failed half-way"):
+            greedy(engine)
+        assert update(models_of[2])[1] == checksums
+
+        # Asleep, the memory of the weights goes; plans and buckets stay good.
+        engine.release_memory_occupation(["weights"])
+        engine.resume_memory_occupation(["weights"])
+        assert update(models_of[2], planned=False)[1] == checksums
+        assert greedy(engine) == tokens
+
+        death(context, engine, models_of[2])
+        assert greedy(engine) == tokens
+    return {}
+
+
+def death(context: Any, engine: Any, model: Any) -> None:
+    """A scheduler process of the other node is killed while weights travel. Linked replicas restart together."""
+    dist.barrier()
+    if context.rank == 3:
+        threading.Timer(0.3, os.kill, (engine.scheduler_pid, signal.SIGKILL)).start()
+    began = time.monotonic()
+    with pytest.raises(errors.SchedulerDiedError) as caught:
+        while True:
+            engine.update_weights(model)
+    assert caught.value.rank == 3 and time.monotonic() - began < 10.3
+    dist.barrier()
+    engine.restart()
+    assert engine.update_weights(model, verify=True).wrong_elements == 0
