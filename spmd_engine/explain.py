@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from spmd_engine.errors import ConfigError
-from spmd_engine.layout import ITEM_SIZE, SourceLayout, Weight, pieces, replica_of
+from spmd_engine.layout import ITEM_SIZE, Box, Piece, SourceLayout, Weight, pieces, replica_of
 from spmd_engine.plan import nearest
 from spmd_engine.wants import Want, count, united
 
@@ -73,7 +73,8 @@ class PlanReport:
         ranks: global ranks that read or hold something, ascending.
         nodes: number of the node of each of them.
         classes: by name.
-        matrix: `matrix[i, j]` are the bytes that `ranks[i]` reads of the shards of `ranks[j]`, in the dtype of these.
+        matrix: `matrix[i, j]` are the bytes that `ranks[i]` reads of the shards of `ranks[j]`. What is staged or comes
+            over the network is counted in the engine's dtype if that is smaller: it is cast before it travels.
         network: `network[m, n]` are the bytes that go from node n to node m, once a node.
         repeated: for each node the bytes that came once over the network and go to more of its ranks over NVLink.
         written: for each rank the bytes that it writes into the engine's parameters.
@@ -125,7 +126,7 @@ class PlanReport:
         links, speeds, node = self._links, self.speeds, np.array(self.nodes)
         own, peers = links["local"], links["nvlink"]
         hbm = (own.sum(axis=1) + peers.sum(axis=0) + self.written) / 2
-        sizes = np.bincount(node)
+        sizes = np.maximum(np.bincount(node), 1)
         shared = (np.bincount(node, peers.sum(axis=1)) + self.repeated) / sizes
         nvlink = max(peers.sum(axis=1).max(), peers.sum(axis=0).max(), shared.max())
         return {
@@ -359,34 +360,42 @@ def _moved(weight: Weight, layout: SourceLayout, wants: list[Want | None], clust
     none = Want((), 0)
     full = [want or none for want in wants] + [none]
     moved.written[:] = np.array([want.written for want in full], dtype=np.int64)[cluster.kind]
-    if weight.mesh < 0:
-        sizes = [int(sum(np.prod([sum(b - a for a, b in runs) for runs in part]) for part in w.parts)) for w in full]
-        moved.matrix[np.diag_indices(len(cluster.ranks))] = np.array(sizes, dtype=np.int64)[cluster.kind] * item
-        return moved
-    held = pieces(weight.shape, layout.meshes[weight.mesh], weight.placements)
+    if weight.mesh >= 0:
+        held = pieces(weight.shape, layout.meshes[weight.mesh], weight.placements)
+        holders = np.array([[cluster.place[rank] for rank in piece.ranks] for piece in held])  # [piece, replica]
+        sources = _sources(weight, layout, holders, cluster) if held else holders  # [rank or one for all, piece]
+    else:
+        held = (Piece(Box((0,) * len(weight.shape), weight.shape), cluster.ranks),)
+        holders = np.arange(len(cluster.ranks))[None, :]
+        sources = holders.T
     if not held:
         return moved
     boxes = [piece.box for piece in held]
-    needs = np.stack([count(want.parts, boxes, weight.shape) for want in full]) * item  # [kind, piece]
-    holders = np.array([[cluster.place[rank] for rank in piece.ranks] for piece in held])  # [piece, replica]
-    sources = _sources(weight, layout, holders, cluster)  # [rank or one for all, piece]
+    elements = np.stack([count(want.parts, boxes, weight.shape) for want in full])  # [kind, piece]
+    # What the engine has in fewer bytes is cast before it travels, but not before it is read in place.
+    packed = np.array([min(item, w.written // max(1, int(n.sum()))) for w, n in zip(full, elements, strict=True)])
+    in_place = (cluster.node[:, None] == cluster.node[None, :]) & ~cluster.is_off_loaded
     if len(sources) == 1:
-        moved.matrix[:, sources[0]] += needs[cluster.kind]
+        each = np.where(in_place[:, sources[0]], item, packed[cluster.kind][:, None])
+        moved.matrix[:, sources[0]] += elements[cluster.kind] * each
     else:
         for at, kind in enumerate(cluster.kind):
-            np.add.at(moved.matrix[at], sources[at], needs[kind])
+            each = np.where(in_place[at, sources[at]], item, packed[kind])
+            np.add.at(moved.matrix[at], sources[at], elements[kind] * each)
 
     shared: dict[frozenset[int], np.ndarray] = {}  # what the ranks of a node want together, by their kinds
     for number, members in enumerate(cluster.members):
         far = ~(cluster.node[holders] == number).any(axis=1)
-        if not far.any():
+        if not far.any() or not members.size:
             continue
         wanting = frozenset(cluster.kind[members].tolist())
         if wanting not in shared:
-            shared[wanting] = count(united(full[k] for k in wanting), boxes, weight.shape) * item
+            size = max(packed[k] for k in wanting)
+            shared[wanting] = count(united(full[k] for k in wanting), boxes, weight.shape) * size
         once = np.where(far, shared[wanting], 0)
         np.add.at(moved.network[number], cluster.node[sources[members[0] if len(sources) > 1 else 0]], once)
-        moved.repeated[number] = int(needs[cluster.kind[members]][:, far].sum() - once.sum())
+        kinds = cluster.kind[members]
+        moved.repeated[number] = int((elements[kinds][:, far] * packed[kinds][:, None]).sum() - once.sum())
     return moved
 
 

@@ -41,7 +41,7 @@ class Cluster:
         ep: expert-parallel groups among these.
         replicate: times that the trainer has the whole model (HSDP); the ranks of one are neighbours.
         placement: the dimension that FSDP2 cuts: "shard0", "shard1" (of weights that have one), or "matched": the first
-            one that the engine cuts, too.
+            one that the engine cuts, too. FSDP2 cuts all but dimension 0 into equal parts only.
         dtype: of the trainer's parameters.
         per_expert: the trainer has a weight for each expert, rather than stacks of them as in transformers 5.
         gpus_per_node: neighbours that share a node.
@@ -87,7 +87,7 @@ def plan_on_paper(model: str | os.PathLike[str], cluster: Cluster, *, speeds: Li
         speeds: what links carry, for the floors; by default an H200's.
 
     Raises:
-        ConfigError: there is no such cluster or model, or SGLang refuses it.
+        ConfigError: there is no such cluster or model, or SGLang or FSDP2 refuses it.
         PlanError: the engine cannot be filled from the transformers model's weights.
         SchedulerError: SGLang failed.
     """
@@ -107,7 +107,7 @@ def plan_on_paper(model: str | os.PathLike[str], cluster: Cluster, *, speeds: Li
     mesh = Mesh((cluster.replicate, cluster.fsdp), tuple(range(cluster.world)))
     weights = []
     for name, shape, dtype, is_parameter in answer["weights"]:
-        placements = (Replicate(), _placement(cluster.placement, tuple(shape), readers[0].get(name)))
+        placements = (Replicate(), _placement(cluster, name, tuple(shape), readers[0].get(name)))
         held = (0, placements) if is_parameter else ()  # FSDP2 leaves buffers whole on every rank
         weights.append(Weight(name, tuple(shape), dtype, *held))
     ranks = range(cluster.world)
@@ -182,13 +182,17 @@ def _expanded(found: Mapping[str, T], firsts: Mapping[str, str]) -> dict[str, T]
     return {name: found[first] for name, first in firsts.items() if first in found}
 
 
-def _placement(kind: str, shape: tuple[int, ...], want: Want | None) -> Placement:
+def _placement(cluster: Cluster, name: str, shape: tuple[int, ...], want: Want | None) -> Placement:
     dim = 0
-    if kind == "shard1":
+    if cluster.placement == "shard1":
         dim = min(1, len(shape) - 1)
-    elif kind == "matched" and want is not None:
+    elif cluster.placement == "matched" and want is not None:
         read = [
             {index for part in want.parts for index in part[axis]} != {(0, extent)} for axis, extent in enumerate(shape)
         ]
         dim = read.index(True) if any(read) else 0
+    if dim and shape[dim] % cluster.fsdp:
+        raise ConfigError(
+            f"FSDP2 cuts dimension {dim} only into equal parts: that of {name} {list(shape)} makes no {cluster.fsdp}"
+        )
     return Shard(dim)

@@ -79,9 +79,23 @@ def test_shards_in_cpu_memory_are_staged_on_their_node():
     layout = sharded("a")
     readers = {0: reader(layout, slice(0, 4)), 1: reader(layout, slice(2, 8))}
     report = make_report(layout, readers, nodes=TWO_NODES, speeds=SPEEDS, off_loaded=frozenset({1, 2}))
+    halved = {0: reader(layout, slice(0, 4), "bfloat16"), 1: reader(layout, slice(2, 8), "bfloat16")}
+    cast = make_report(layout, halved, nodes=TWO_NODES, speeds=SPEEDS, off_loaded=frozenset({1, 2}))
+    assert cast.bytes == {"local": 32, "nvlink": 0, "staged": 32, "network": 32}
     # Rank 0 reads of 0 and 1; rank 1 of itself, 2 and 3, which are on the other node.
     assert report.bytes == {"local": 32, "nvlink": 0, "staged": 64, "network": 64}
     assert report.floors["staged"] == 32 / 10 and report.bytes_of(1)["staged"] == 32
+
+
+def test_weights_that_every_rank_has_stay_where_they_are():
+    layout = SourceLayout(
+        (Weight("a", (8, 4), "float32"), Weight("b", (0,), "float32", 0, ROWS)), (Mesh((2,), (0, 1)),)
+    )
+    readers = dict.fromkeys(range(2), reader(SourceLayout(layout.weights[:1], ()), dtype="bfloat16"))
+    report = make_report(layout, readers, nodes=ONE_NODE, speeds=SPEEDS)
+    assert report.matrix.tolist() == [[128, 0], [0, 128]]
+    report = make_report(layout, readers, nodes={0: 0, 1: 2}, speeds=SPEEDS, off_loaded=frozenset({1}))
+    assert report.bytes == {"local": 128, "nvlink": 0, "staged": 64, "network": 0}
 
 
 def test_ranks_that_only_hold_or_only_read():
