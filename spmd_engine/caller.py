@@ -30,6 +30,9 @@ class Caller:
 
     Attributes:
         seq: number of the last call.
+        on_message: takes messages that belong to no call.
+        on_end: hears the error with which the process ended.
+        on_idle: called whenever a call has returned.
     """
 
     def __init__(self, rank: int, process: SchedulerProcess, rendezvous: Rendezvous, timeout_s: float) -> None:
@@ -38,6 +41,9 @@ class Caller:
         self._rank, self._process, self._rendezvous = rank, process, rendezvous
         self._lock = threading.Lock()
         self._dead: SpmdEngineError | None = None
+        self.on_message: Callable[[object], None] = lambda message: None
+        self.on_end: Callable[[Exception], None] = lambda error: None
+        self.on_idle: Callable[[], None] = lambda: None
         self._finalizer = weakref.finalize(self, process.stop, grace_s=0.0)
 
     def call(
@@ -61,12 +67,12 @@ class Caller:
             notice: a message for the scheduler process, sent before `prepare` begins.
             spin_s: seconds to wait for the reply without going to sleep.
         """
-        self._check_alive()
+        self.check_alive()
         overlapped = not self._lock.acquire(blocking=False)
         if overlapped and not self._lock.acquire(timeout=self.timeout_s):
             raise CollectiveTimeoutError(f"rank {self._rank}: another call ran for over {self.timeout_s:.0f} s")
         try:
-            self._check_alive()
+            self.check_alive()
             self.seq += 1
             refusal: Exception | None = None
             made, payload = None, None
@@ -76,7 +82,7 @@ class Caller:
                 made, summary = prepare()
                 payload = as_payload(made)
             except CollectiveTimeoutError as error:
-                self._fail(error)
+                self.fail(error)
             except Exception as error:
                 # The other ranks may be waiting: tell them, so that all of them get an error now.
                 if self._dead is not None:
@@ -100,6 +106,37 @@ class Caller:
             return made, reply.value
         finally:
             self._lock.release()
+            self.on_idle()
+
+    def send(self, message: object) -> None:
+        """Send a message that is no call."""
+        self._process.send(message)
+
+    def fileno(self) -> int:
+        """Readable when something has come from the process."""
+        return self._process.channel.fileno()
+
+    def poll(self, take: Callable[[object], None]) -> bool:
+        """Hand over what has come unasked. False if a call in another thread is under way, which does it.
+
+        Raises:
+            SpmdEngineError: the process has ended.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self.check_alive()
+            while self._process.channel.is_readable():
+                try:
+                    message = self._process.recv(timeout_s=0.0)
+                except ProcessDied:
+                    self.fail(self._own_death("asynchronous requests"))
+                if isinstance(message, Failed):
+                    self.fail(self._peer_failure(message))
+                take(message)
+        finally:
+            self._lock.release()
+        return True
 
     def _exchange(self, call: Call, kind: str, spin_s: float) -> Reply:
         try:
@@ -116,6 +153,7 @@ class Caller:
             # Ctrl-C, say. A message may be half sent or half read, and the scheduler processes may be copying shards.
             text = f"rank {self._rank}: {kind} was interrupted by {type(error).__name__}; make a new SpmdEngine"
             self._dead = EngineClosedError(text)
+            self.on_end(self._dead)
             self._process.stop(grace_s=0.0)
             self._finalizer.detach()
             raise
@@ -129,34 +167,38 @@ class Caller:
                 left_s = max(0.0, deadline - time.monotonic())
                 message = self._process.recv(timeout_s=left_s, spin_s=spin_s)
             except ProcessDied:
-                self._fail(self._own_death(phase))
+                self.fail(self._own_death(phase))
             except ChannelTimeout:
-                self._fail(
+                self.fail(
                     CollectiveTimeoutError(
                         f"rank {self._rank}: its scheduler process (pid {self._process.pid}) gave no answer to {phase} "
                         f"within {timeout_s:.0f} s. End of its log:\n{self._process.log_tail()}"
                     )
                 )
             if isinstance(message, Failed):
-                self._fail(self._peer_failure(message))
+                self.fail(self._peer_failure(message))
             if wanted(message):
                 return message
+            self.on_message(message)
 
     def stop(self) -> None:
         """End the process, if it has not ended yet. Later calls raise EngineClosedError."""
         if self._dead is None:
             self._dead = EngineClosedError(f"the engine of rank {self._rank} was shut down; make a new SpmdEngine")
+            self.on_end(self._dead)
             self._process.stop(grace_s=_STOP_GRACE_S)
             self._finalizer.detach()
 
     def check_failed(self) -> None:
         """Raise if the scheduler process has ended or reported a failure meanwhile."""
-        try:
-            failed = self._process.failed()
-        except ProcessDied:
-            self._fail(self._own_death("update_weights"))
-        if failed is not None:
-            self._fail(self._peer_failure(failed))
+        while self._process.channel.is_readable():
+            try:
+                message = self._process.recv(timeout_s=0.0)
+            except ProcessDied:
+                self.fail(self._own_death("update_weights"))
+            if isinstance(message, Failed):
+                self.fail(self._peer_failure(message))
+            self.on_message(message)
 
     def _own_death(self, phase: str) -> SchedulerDiedError:
         status = self._process.wait(5.0)
@@ -172,17 +214,25 @@ class Caller:
             return _died(rank, str(error), report or {})
         return error
 
-    def _fail(self, error: SpmdEngineError) -> NoReturn:
+    def fail(self, error: SpmdEngineError) -> NoReturn:
+        """End the process, and raise `error`, now and at every later call."""
         self._dead = error
+        self.on_end(error)
         self._process.stop(grace_s=0.0)
         self._finalizer.detach()
         raise error
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raise what ended the process, if it has ended."""
         if self._dead is not None:
-            error = type(self._dead)(*self._dead.args)
-            vars(error).update(vars(self._dead))
-            raise error
+            raise copy_of(self._dead)
+
+
+def copy_of(error: Exception) -> Exception:
+    """One more of the same kind: an exception that several raise would collect the tracebacks of all of them."""
+    copy = type(error)(*error.args)
+    vars(copy).update(vars(error))
+    return copy
 
 
 def _died(rank: int, what: str, report: Mapping[str, Any]) -> SchedulerDiedError:

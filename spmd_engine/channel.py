@@ -128,6 +128,51 @@ class Coming:
 
 
 @dataclass(frozen=True)
+class Submit:
+    """Requests that begin as soon as they can, beside others. From the trainer of a replica's first rank only.
+
+    Attributes:
+        requests: of `requests.GenerateRequest`, by id. No id is the beginning of another one.
+        stream: whether to report tokens as they come.
+    """
+
+    requests: dict[str, Any]
+    stream: bool
+
+
+@dataclass(frozen=True)
+class Abort:
+    """End requests that were submitted; each reports what it has."""
+
+    rids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Stop all requests that were submitted where they are; they keep their tokens and give back their KV cache."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with requests that were paused."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What has become of requests that were submitted, as lists of `requests.Increment`."""
+
+    increments: list[Any]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Requests that did not begin, and why."""
+
+    rids: tuple[str, ...]
+    error: ErrorReport
+
+
+@dataclass(frozen=True)
 class Reply:
     """Answer to the `Call` with the same `seq`; exactly one of `error` and `value` counts."""
 
@@ -176,6 +221,12 @@ class Channel:
 
     def fileno(self) -> int:
         return self.sock.fileno()
+
+    def is_readable(self) -> bool:
+        """Whether `recv` would not wait for a message to begin."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        return bool(poller.poll(0))
 
     def send(self, message: object, fds: tuple[int, ...] = ()) -> None:
         """Send one message, with open file descriptors if given.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from spmd_engine import requests as req
+from spmd_engine.async_requests import AsyncRequests
 from spmd_engine.caller import Caller
-from spmd_engine.channel import Coming, Ready
-from spmd_engine.errors import MEMORY_TAGS, MemoryOccupationError
+from spmd_engine.channel import Coming, Pause, Ready, Resume
+from spmd_engine.errors import MEMORY_TAGS, InvalidRequestError, MemoryOccupationError
 from spmd_engine.explain import LinkSpeeds, PlanReport, make_report
 from spmd_engine.plan import numbered
 from spmd_engine.startup import Startup, mesh_ranks
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # An update on GPUs takes milliseconds; waking up at its end would add to them.
 _SPIN_S = 0.05
+_RUNNING = ("wait", "abort", "pause")
 
 
 class SpmdEngine:
@@ -91,6 +93,7 @@ class SpmdEngine:
         self._spin_s = 0.0 if startup.on_cpu else _SPIN_S
         self._caller = Caller(rank, self._process, startup.rendezvous, self._timeout_s)
         self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s)
+        self._requests = AsyncRequests(self._caller, self._tokenizer, self._timeout_s, self._count_sequences)
         self._caller.receive(lambda message: isinstance(message, Ready), self._timeout_s, "start")
         logger.info("rank %d: scheduler process %d serves %s", rank, self._process.pid, self._model_path)
 
@@ -188,7 +191,7 @@ class SpmdEngine:
         results = req.format_outputs(
             requests,
             outputs,
-            call=self._caller.seq,
+            ids=[f"{self._caller.seq}-{i}" for i in range(len(requests))],
             tokenizer=self._tokenizer,
             return_text_in_logprobs=return_text_in_logprobs,
         )
@@ -200,7 +203,11 @@ class SpmdEngine:
         self._caller.call("flush_cache", lambda: (None, "flush_cache()"))
 
     def update_weights(
-        self, source: torch.nn.Module | Mapping[str, torch.Tensor], *, verify: bool = False
+        self,
+        source: torch.nn.Module | Mapping[str, torch.Tensor],
+        *,
+        verify: bool = False,
+        running: str = "wait",
     ) -> UpdateStats:
         """Move new weights from the trainer's shards into SGLang's parameters.
 
@@ -212,6 +219,9 @@ class SpmdEngine:
                 to tensors or DTensors. Floating-point weights are cast to the engine's dtype on the way.
             verify: compare every element after the copy and count those that differ. Weights that take the model's own
                 loader (`fallback_weights`) are compared as that loader gets them.
+            running: what becomes of requests of `async_generate` that run: "wait" until they have finished, "abort"
+                them, or "pause" them, which then go on with the new weights from the tokens that they have. Those
+                that `pause` has stopped stay stopped, and go on after `resume`.
 
         Returns:
             UpdateStats of this rank.
@@ -220,13 +230,16 @@ class SpmdEngine:
             PlanError: the source does not fit the engine's parameters; the old weights still serve.
             TransferError: shards could not be read; see the message for whether the old weights still serve.
             AsleepError: the memory of the weights is released (that of the KV cache may be).
+            InvalidRequestError: an unknown value of `running`.
             CollectiveMismatchError, EngineBusyError: the engine stays usable.
             SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
         """
         started = time.monotonic()
 
         def prepare() -> tuple[Any, str]:
-            made = self._updates.prepare(source, verify=verify, watch=self._caller.check_failed)
+            if running not in _RUNNING:
+                raise InvalidRequestError(f"running must be one of {list(_RUNNING)}, got {running!r}")
+            made = self._updates.prepare(source, verify=verify, running=running, watch=self._caller.check_failed)
             return made, f"update_weights({made.summary})"
 
         made, value = self._caller.call(
@@ -295,6 +308,106 @@ class SpmdEngine:
         _, value = self._caller.call("weight_checksums", lambda: (None, "weight_checksums()"))
         checksums: dict[str, str] = value
         return checksums
+
+    # ---- requests beside others, on the leader alone ----
+
+    async def async_generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        return_logprob: bool | Sequence[bool] = False,
+        logprob_start_len: int | Sequence[int] | None = None,
+        top_logprobs_num: int | Sequence[int] | None = None,
+        token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        return_text_in_logprobs: bool = False,
+        stream: bool = False,
+        request_id: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any] | list[dict[str, Any]] | AsyncIterator[dict[str, Any]]:
+        """Generate for one request that runs beside others, as `sglang.Engine.async_generate` does.
+
+        Not collective: only the leader of a replica calls it, as often and for as many requests at a time as it likes;
+        the other ranks call nothing. A collective call that comes meanwhile takes its turn when the requests that
+        came before it have finished.
+
+        Args:
+            stream: return an asynchronous iterator over what comes, as it comes: dicts as below with the new
+                `output_ids` and the new `text` alone; `finish_reason` is None in all but the last of a sequence. With
+                several sequences, `index` tells which one it is. To leave the iterator ends the request.
+            request_id: its name for `abort`, and `meta_info["id"]`; by default one is made.
+            priority: for SGLang's scheduling, with `enable_priority_scheduling=True`.
+            timeout_s: seconds after which it is aborted: it ends with the tokens that it has.
+            others: as for `generate`.
+
+        Returns:
+            As `generate` does; `meta_info` has also `token_weight_versions`, the weight version of each token. A
+            request that was aborted has the `finish_reason` {"type": "abort", ...}.
+
+        Raises:
+            InvalidRequestError: SGLang cannot serve this request, or this rank is not the leader.
+            WeightsInconsistentError, AsleepError: see `generate`; other requests go on.
+            SchedulerDiedError, SchedulerError, CollectiveTimeoutError, EngineClosedError: the engine is closed.
+        """
+        self._check_leader("async_generate")
+        made, single = req.build_requests(
+            prompt,
+            sampling_params,
+            input_ids,
+            return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len,
+            top_logprobs_num=top_logprobs_num,
+            token_ids_logprob=token_ids_logprob,
+            tokenizer=self._tokenizer,
+        )
+        name, sequences = self._requests.start(
+            [replace(request, priority=priority) for request in made],
+            stream=stream,
+            request_id=request_id,
+            timeout_s=timeout_s,
+        )
+        if stream:
+            return self._requests.stream(name, sequences, with_text=return_text_in_logprobs)
+        results = await self._requests.wait(name, sequences, with_text=return_text_in_logprobs)
+        return results[0] if single else results
+
+    def abort(self, request_id: str | None = None) -> int:
+        """End a request of `async_generate`, or all of them. They end with the tokens that they have.
+
+        Returns:
+            How many sequences were still under way; one that ends by itself meanwhile is not aborted.
+        """
+        self._check_leader("abort")
+        return self._requests.abort(request_id, "aborted")
+
+    def pause(self) -> None:
+        """Stop all requests of `async_generate` where they are, and those that come, until `resume`.
+
+        They keep their tokens and give back their KV cache, which is computed again later. Meanwhile the ranks of the
+        replica may update weights, or release memory and resume it.
+        """
+        self._check_leader("pause")
+        self._requests.is_paused = True
+        self._caller.send(Pause())
+
+    def resume(self) -> None:
+        """Go on with requests that were paused, as soon as weights and memory allow it."""
+        self._check_leader("resume")
+        self._requests.is_paused = False
+        self._caller.send(Resume())
+
+    def _check_leader(self, what: str) -> None:
+        if not self.is_leader:
+            raise InvalidRequestError(
+                f"{what} is for the leader of a replica (engine.is_leader), rank {self._ranks[0]}, not for rank "
+                f"{self._ranks[self.tp_rank]}"
+            )
+        self._caller.check_alive()
+
+    def _count_sequences(self, results: list[dict[str, Any]]) -> None:
+        self._stats = self._stats.with_sequences(results)
 
     # ---- memory ----
 

@@ -38,6 +38,14 @@ class LinkTimeout(Exception):
         self.rank = rank
 
 
+class Interjection(Exception):
+    """The hub has told something first. What this member has sent does not count: the exchange must be made again."""
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__()
+        self.frame = frame
+
+
 def listen(host: str) -> socket.socket:
     """A listening socket on `host`, on a port that the system chooses."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -90,6 +98,7 @@ class Links:
         self.hub = address.ranks[0]
         self.data: dict[int, socket.socket] = {}
         self.alarms: dict[int, socket.socket] = {}
+        self._told = 0  # how often the hub has told something, or a member has heard it
         deadline = time.monotonic() + timeout_s
         if len(self.ranks) == 1:
             if address.listener_fd >= 0:
@@ -149,25 +158,55 @@ class Links:
         Raises:
             LinkTimeout: a member did not come within `timeout_s` seconds.
             PeerGone: a member's process is gone.
+            Interjection: on a member, the hub has told it something before it came.
         """
         if len(self.ranks) == 1:
             return [(header, blob)]
         deadline = time.monotonic() + timeout_s
         if self.rank != self.hub:
-            self._send(self.hub, frame(header, blob))
+            self._send(self.hub, frame({"after": self._told, "header": header}, blob))
             merged, payload = self._recv(self.hub, deadline, timeout_s, spin_s)
+            if "headers" not in merged:
+                self._told += 1
+                raise Interjection((merged, payload))
             frames, at = [], 0
             for member, size in zip(merged["headers"], merged["sizes"], strict=True):
                 frames.append((member, payload[at : at + size]))
                 at += size
             return frames
         frames = [(header, blob)]
-        frames += [self._recv(member, deadline, timeout_s, spin_s) for member in self.ranks[1:]]
-        merged = {"headers": [h for h, _ in frames], "sizes": [len(b) for _, b in frames]}
-        data = frame(merged, b"".join(b for _, b in frames))
         for member in self.ranks[1:]:
-            self._send(member, data)
+            sent, data = self._recv(member, deadline, timeout_s, spin_s)
+            while sent["after"] != self._told:  # it had not heard yet what it should know
+                sent, data = self._recv(member, deadline, timeout_s, spin_s)
+            frames.append((sent["header"], data))
+        merged = {"headers": [h for h, _ in frames], "sizes": [len(b) for _, b in frames]}
+        answer = frame(merged, b"".join(b for _, b in frames))
+        for member in self.ranks[1:]:
+            self._send(member, answer)
         return frames
+
+    def tell(self, header: dict[str, Any], blob: bytes = b"") -> None:
+        """On the hub: send something to all members, without waiting for them; `header` must not have "headers".
+
+        Raises:
+            PeerGone: a member's process is gone.
+        """
+        if len(self.ranks) > 1:
+            self._told += 1
+            data = frame(header, blob)
+            for member in self.ranks[1:]:
+                self._send(member, data)
+
+    def hear(self, *, timeout_s: float) -> Frame:
+        """On a member: what the hub tells.
+
+        Raises:
+            LinkTimeout, PeerGone: see `exchange`.
+        """
+        found = self._recv(self.hub, time.monotonic() + timeout_s, timeout_s, 0.0)
+        self._told += 1
+        return found
 
     def _send(self, member: int, data: bytes) -> None:
         try:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Failed, Shutdown, Start
+from spmd_engine.channel import Channel, ChannelClosed, Shutdown, Start
 from spmd_engine.errors import ConfigError
 
 LOG_TAIL_BYTES = 4000
@@ -174,18 +174,6 @@ class SchedulerProcess:
             return self.channel.recv(timeout_s, self._pidfd, spin_s)[0]
         except ChannelClosed:
             raise ProcessDied from None
-
-    def failed(self) -> Failed | None:
-        """A `Failed` message that has come unasked, or None.
-
-        Raises:
-            ProcessDied: the process ended.
-        """
-        try:
-            message = self.recv(timeout_s=0.0)
-        except ChannelTimeout:
-            return None
-        return message if isinstance(message, Failed) else None
 
     def wait(self, timeout_s: float) -> int | None:
         """Exit status once the process has ended, None if it still runs after `timeout_s` seconds."""

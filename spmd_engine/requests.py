@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from array import array
 from collections.abc import Mapping, Sequence
@@ -26,11 +27,37 @@ class GenerateRequest:
     logprob_start_len: int
     top_logprobs_num: int
     token_ids_logprob: list[int] | None
+    priority: int | None = None
+
+    def to_frame(self) -> tuple[dict[str, Any], bytes]:
+        """As JSON-able values and bytes, for a ticket.
+
+        Raises:
+            InvalidRequestError: the sampling parameters cannot be written so.
+        """
+        header = {**vars(self), "input_ids": len(self.input_ids)}
+        try:
+            json.dumps(header)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"sampling parameters of requests that run beside others must be plain values: {error}"
+            ) from error
+        return header, self.input_ids.tobytes()
+
+    @staticmethod
+    def from_frame(header: dict[str, Any], blob: bytes) -> GenerateRequest:
+        """What `to_frame` made."""
+        return GenerateRequest(**{**header, "input_ids": array("q", blob)})
 
 
 @dataclass(frozen=True)
 class GenerateOutput:
-    """What a scheduler process returns for one `GenerateRequest`; log-probabilities as SGLang's flat lists."""
+    """What a scheduler process returns for one `GenerateRequest`; log-probabilities as SGLang's flat lists.
+
+    Attributes:
+        weight_version: of the last token.
+        token_versions: the weight version of each token, where they may differ.
+    """
 
     output_ids: list[int]
     finish_reason: dict[str, Any]
@@ -39,6 +66,29 @@ class GenerateOutput:
     cached_tokens: int
     logprobs: dict[str, list[Any]] | None
     weight_version: int
+    token_versions: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Increment:
+    """What came of a request since its last increment.
+
+    Attributes:
+        rid: of the request.
+        output_ids: new tokens.
+        versions: the weight version of each.
+        logprobs: their log-probabilities, as SGLang's flat lists; None if not wanted.
+        finish_reason: None if more will come.
+        prompt_tokens, cached_tokens: of the request.
+    """
+
+    rid: str
+    output_ids: list[int]
+    versions: list[int]
+    logprobs: dict[str, list[Any]] | None
+    finish_reason: dict[str, Any] | None
+    prompt_tokens: int
+    cached_tokens: int
 
 
 def has_tokenizer(path: str) -> bool:
@@ -178,22 +228,24 @@ def format_outputs(
     requests: list[GenerateRequest],
     outputs: list[GenerateOutput],
     *,
-    call: int,
+    ids: Sequence[str],
     tokenizer: Any,
     return_text_in_logprobs: bool,
 ) -> list[dict[str, Any]]:
-    """SGLang's output dicts: `output_ids`, `meta_info` and, with a tokenizer, `text`."""
+    """SGLang's output dicts: `output_ids`, `meta_info` with the given `ids`, and `text` with a tokenizer."""
     texts = _decode(requests, outputs, tokenizer) if tokenizer is not None else None
     results = []
     for i, (request, output) in enumerate(zip(requests, outputs, strict=True)):
         meta: dict[str, Any] = {
-            "id": f"{call}-{i}",
+            "id": ids[i],
             "finish_reason": output.finish_reason,
             "prompt_tokens": output.prompt_tokens,
             "completion_tokens": output.completion_tokens,
             "cached_tokens": output.cached_tokens,
             "weight_version": output.weight_version,
         }
+        if output.token_versions is not None:
+            meta["token_weight_versions"] = output.token_versions
         if output.logprobs is not None:
             meta.update(_logprobs(request, output.logprobs, tokenizer if return_text_in_logprobs else None))
         result: dict[str, Any] = {"output_ids": output.output_ids, "meta_info": meta}
@@ -201,6 +253,41 @@ def format_outputs(
             result = {"text": texts[i], **result}
         results.append(result)
     return results
+
+
+class TextStream:
+    """Text of a sequence, bit by bit, as its tokens come.
+
+    Args:
+        request: whose prompt comes before.
+    """
+
+    def __init__(self, request: GenerateRequest, tokenizer: Any) -> None:
+        self._request, self._tokenizer = request, tokenizer
+        self._ids = list(request.input_ids[-_SURROGATE_TOKENS:])
+        self._begin, self._shown = 0, len(self._ids)  # tokens before `_begin` cannot change the text any more
+        self._length = 0
+
+    def add(self, ids: list[int]) -> str:
+        """The text that further tokens add; what may be half of a character waits for the next ones."""
+        self._ids += ids
+        options = _decoding_options(self._request)
+        before = self._tokenizer.decode(self._ids[self._begin : self._shown], **options)
+        text = self._tokenizer.decode(self._ids[self._begin :], **options)
+        if len(text) <= len(before) or text.endswith("\ufffd"):
+            return ""
+        self._begin, self._shown = self._shown, len(self._ids)
+        self._length += len(text) - len(before)
+        return str(text[len(before) :])
+
+    def finish(self, whole: str) -> str:
+        """The rest of the `whole` text."""
+        return whole[self._length :]
+
+
+def _decoding_options(request: GenerateRequest) -> dict[str, Any]:
+    names = ("skip_special_tokens", "spaces_between_special_tokens")
+    return {name: request.sampling_params.get(name, True) for name in names}
 
 
 def _decode(requests: list[GenerateRequest], outputs: list[GenerateOutput], tokenizer: Any) -> list[str]:
@@ -212,16 +299,19 @@ def _decode(requests: list[GenerateRequest], outputs: list[GenerateOutput], toke
         ids = output.output_ids
         if isinstance(matched, int) and ids and not keep_stop:
             ids = ids[:-1]
-        options = {
-            "skip_special_tokens": params.get("skip_special_tokens", True),
-            "spaces_between_special_tokens": params.get("spaces_between_special_tokens", True),
-        }
+        options = _decoding_options(request)
         before = list(request.input_ids[-_SURROGATE_TOKENS:])
         text = tokenizer.decode(before + ids, **options)[len(tokenizer.decode(before, **options)) :]
         if isinstance(matched, str) and (at := text.find(matched)) >= 0:
             text = text[: at + len(matched)] if keep_stop else text[:at]
         texts.append(text)
     return texts
+
+
+def no_logprobs() -> dict[str, list[Any]]:
+    """SGLang's flat lists of log-probabilities, empty."""
+    kinds = ("token_logprobs", "top_logprobs", "token_ids_logprobs")
+    return {f"{side}_{kind}_{part}": [] for side in ("input", "output") for kind in kinds for part in ("val", "idx")}
 
 
 def _logprobs(request: GenerateRequest, raw: dict[str, list[Any]], tokenizer: Any) -> dict[str, Any]:

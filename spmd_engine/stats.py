@@ -85,14 +85,17 @@ class EngineStats:
 
     def with_rollout(self, results: list[dict[str, Any]], seconds: float) -> EngineStats:
         """These, and one more rollout."""
+        counted = self.with_sequences(results)
+        return replace(counted, rollouts=self.rollouts + 1, generate_s=self.generate_s + seconds)
+
+    def with_sequences(self, results: list[dict[str, Any]]) -> EngineStats:
+        """These, and more sequences."""
 
         def total(name: str) -> int:
             return sum(result["meta_info"][name] for result in results)
 
         return replace(
             self,
-            rollouts=self.rollouts + 1,
-            generate_s=self.generate_s + seconds,
             sequences=self.sequences + len(results),
             prompt_tokens=self.prompt_tokens + total("prompt_tokens"),
             completion_tokens=self.completion_tokens + total("completion_tokens"),

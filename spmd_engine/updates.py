@@ -66,9 +66,10 @@ class WeightUpdates:
         source: torch.nn.Module | Mapping[str, torch.Tensor],
         *,
         verify: bool,
+        running: str,
         watch: Callable[[], None],
     ) -> UpdateRequest:
-        """Describe `source` for the scheduler process.
+        """Describe `source` for the scheduler process. Arguments as for `SpmdEngine.update_weights`.
 
         Raises:
             PlanError: see `sources.SourceReader.read`; or the shards' memory cannot be shared between processes.
@@ -89,13 +90,14 @@ class WeightUpdates:
             "layout": None if key in self._known else (described.layout, described.optional),
             "memory": memory if moved else None,
             "verify": verify,
+            "running": running,
         }
         count = len(described.layout.weights)
         summary = f"{count} weights over ranks {list(self.last_ranks)}, layout {key[:8]}, verify={verify}"
         if described.device is not None:
             # The shards are final once what this thread has queued is done. Other streams may go on.
             torch.cuda.current_stream(described.device).synchronize()
-        agreed = [self.last_ranks, key, verify]
+        agreed = [self.last_ranks, key, verify, running]
         return UpdateRequest(payload, agreed, summary, memory, described, time.monotonic() - began)
 
     def prepare_survey(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import difflib
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ def make_server_args(start: Start) -> Any:
         defaults = {name: value for name, value in _CPU_DEFAULTS.items() if name in known}
         # torch_memory_saver needs CUDA; `CpuMemorySaver` takes its place once the scheduler stands.
         without = {"enable_memory_saver": False, "enable_weights_cpu_backup": False}
+        if values.get("grammar_backend") == "xgrammar":
+            raise ConfigError("SGLang's xgrammar backend needs a GPU: on the CPU use grammar_backend='llguidance'")
         values = {**defaults, **values, **without, "device": "cpu"}
     values.update(
         model_path=start.model_path,
@@ -252,17 +255,60 @@ def checksums(scheduler: Any) -> dict[str, str]:
     return found
 
 
+@contextlib.contextmanager
+def _apart_from_paused(scheduler: Any) -> Iterator[None]:
+    """SGLang 0.5.17 wants an idle scheduler where one is enough whose requests are paused: they hold no memory."""
+    waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
+    try:
+        yield
+    finally:
+        scheduler.waiting_queue = waiting
+
+
 def flush_cache(scheduler: Any) -> None:
-    """Drop the prefix cache. The scheduler is idle when this is called."""
-    if not scheduler.flush_cache(empty_cache=False):
-        raise RuntimeError("SGLang did not flush its cache although no request runs")
+    """Drop the prefix cache. The scheduler is idle when this is called, or paused."""
+    with _apart_from_paused(scheduler):
+        if not scheduler.flush_cache(empty_cache=False):
+            raise RuntimeError("SGLang did not flush its cache although no request runs")
+
+
+def make_abort(rid: str) -> Any:
+    """SGLang's demand to end all requests whose ids begin so."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    return AbortReq(rid=rid)
+
+
+def make_pause() -> Any:
+    """SGLang's demand to stop its loop and to put all requests back into its queue, with their tokens."""
+    from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+    return PauseGenerationReqInput(mode="retract")
+
+
+def make_resume() -> Any:
+    """SGLang's demand to go on after a pause."""
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+    return ContinueGenerationReqInput(torch_empty_cache=False)
+
+
+def can_pause(scheduler: Any) -> bool:
+    """Whether nothing is on its way that a pause would not stop: a grammar that is being compiled, for example."""
+    return not scheduler.grammar_manager.has_waiting_grammars()
+
+
+def paused_requests(scheduler: Any) -> list[Any]:
+    """SGLang's objects for the requests that wait, after a pause all that there are."""
+    return list(scheduler.waiting_queue)
 
 
 def release_memory(scheduler: Any, tag: str) -> None:
     """Give the memory of an awake tag back, by SGLang's own handler. No request runs, and no kernel."""
     from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
 
-    scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=[tag]))
+    with _apart_from_paused(scheduler):
+        scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=[tag]))
 
 
 def resume_memory(scheduler: Any, tag: str) -> None:
@@ -310,7 +356,7 @@ def refresh_derived(model: torch.nn.Module) -> None:
             model.post_load_weights()  # type: ignore[operator]
 
 
-def make_request(request: GenerateRequest, rid: str, scheduler: Any) -> Any:
+def make_request(request: GenerateRequest, rid: str, scheduler: Any, *, stream: bool = False) -> Any:
     """SGLang's request object.
 
     Raises:
@@ -336,8 +382,11 @@ def make_request(request: GenerateRequest, rid: str, scheduler: Any) -> Any:
         getattr(params, name) is not None for name in ("json_schema", "regex", "ebnf", "structural_tag")
     ):
         raise InvalidRequestError(
-            "constrained output needs a grammar backend: SpmdEngine(..., grammar_backend='xgrammar')"
+            "constrained output needs a grammar backend: SpmdEngine(..., grammar_backend='xgrammar'), on the CPU "
+            "'llguidance'"
         )
+    if request.priority is not None and not scheduler.server_args.enable_priority_scheduling:
+        raise InvalidRequestError("priority= needs SpmdEngine(..., enable_priority_scheduling=True)")
     _check_tokens(request, params, scheduler)
     return TokenizedGenerateReqInput(
         rid=rid,
@@ -351,7 +400,8 @@ def make_request(request: GenerateRequest, rid: str, scheduler: Any) -> Any:
         logprob_start_len=request.logprob_start_len,
         top_logprobs_num=request.top_logprobs_num,
         token_ids_logprob=request.token_ids_logprob,
-        stream=False,
+        stream=stream,
+        priority=request.priority,
     )
 
 

@@ -1,26 +1,50 @@
 """In what order calls take effect, the same on all ranks: the `receiver` of SGLang's event loop.
 
-Each rank hands its call to its own scheduler process; the processes agree on it over their links before any of them
-acts. While a rollout runs nothing else can arrive, so no message is exchanged; while nothing runs, the process sleeps
-in a blocking receive.
+Each rank hands its collective call to its own scheduler process; the processes agree on it over their links before any
+of them acts. While a rollout runs nothing else can arrive, so no message is exchanged; while nothing runs, the process
+sleeps in a blocking receive.
+
+Requests beside others come from the trainer of the first rank alone. As long as some of them run, its scheduler process
+tells the others at each turn of the loop what is new (`tickets.py`); it does not wait for them. A collective call takes
+its turn once they have finished, or are paused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import time
 from array import array
+from dataclasses import replace
 from typing import Any, NoReturn
 
-from spmd_engine.channel import Call, Channel, ChannelClosed, Coming, Descriptors, LinkAddress, Reply, Shutdown, Start
+from spmd_engine.channel import (
+    Abort,
+    Call,
+    Channel,
+    ChannelClosed,
+    Coming,
+    Descriptors,
+    LinkAddress,
+    Pause,
+    Progress,
+    Refused,
+    Reply,
+    Resume,
+    Shutdown,
+    Start,
+    Submit,
+)
 from spmd_engine.digest import digest
-from spmd_engine.errors import ErrorReport, SpmdEngineError
-from spmd_engine.links import Frame, Links, LinkTimeout, PeerGone
+from spmd_engine.errors import EngineBusyError, ErrorReport, SpmdEngineError
+from spmd_engine.links import Frame, Interjection, Links, LinkTimeout, PeerGone
+from spmd_engine.requests import Increment
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.memory import MemoryKeeper
 from spmd_engine.scheduler.outputs import Outputs
 from spmd_engine.scheduler.survey import survey
+from spmd_engine.scheduler.tickets import Ticket
 from spmd_engine.scheduler.watchdog import Watchdog
 from spmd_engine.scheduler.weights import WeightsKeeper
 
@@ -35,13 +59,20 @@ class Feed:
     """Receives calls from the trainer rank and turns them into requests for SGLang's Scheduler."""
 
     def __init__(self, start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> None:
-        self.outputs = Outputs()
+        self._is_hub = start.rank == start.link.ranks[0]
+        self.outputs = Outputs(self._report if self._is_hub else None)
         self._start, self._channel, self._watchdog = start, channel, watchdog
         self._links = {start.link.ranks: links}
         self._replica = start.link.ranks
         self._spin_s = 0.0 if start.on_cpu else _SPIN_S
-        self._running: Call | None = None
-        watchdog.is_generating = lambda: self._running is not None
+        self._running: Call | None = None  # a rollout
+        self._pending: Call | None = None  # a collective call that has come and has not begun
+        self._next_ticket = Ticket()
+        self._later: list[Submit] = []  # they came after the pending call
+        self._is_paused = False
+        self._wants_resume = False
+        self._is_coming = False  # a weight update, at once
+        watchdog.is_generating = lambda: self._running is not None or bool(self.outputs.served)
 
     def attach(self, scheduler: Any) -> None:
         self._scheduler = scheduler
@@ -55,44 +86,190 @@ class Feed:
                 return []
             call, self._running = self._running, None
             self._finish(call)
+        if self._is_paused:
+            self.outputs.catch_up(adapter.paused_requests(self._scheduler))
+        elif self.outputs.served:
+            return self._apply(self._ticket_of_this_turn())
         # Turns of the loop that only drain SGLang's own pipeline.
-        if not self._scheduler.is_fully_idle():
+        elif not self._scheduler.is_fully_idle():
             return []
         while True:
-            call = self._next_call()
+            item = self._next_call()
+            if isinstance(item, Ticket):
+                return self._apply(item)
+            self._pending = None
             try:
-                batch = self._perform(call)
+                batch = self._perform(item)
+            except Interjection as first:
+                self._pending = item
+                return self._apply(_as_ticket(first.frame))
             except SpmdEngineError as error:
-                self._reply(call, error=ErrorReport(type(error).__name__, str(error), self._start.rank))
-                continue
-            finally:
                 self._weights.withdraw()
+                self._reply(item, error=ErrorReport(type(error).__name__, str(error), self._start.rank))
+                continue
+            self._weights.withdraw()
             if batch is not None:
-                self._running = call
+                self._running = item
                 return [batch]
+
+    # ---- requests beside others ----
+
+    def _report(self, increments: list[Increment]) -> None:
+        with contextlib.suppress(ChannelClosed):  # the watchdog sees a trainer that is gone
+            self._channel.send(Progress(increments))
+
+    def _ticket_of_this_turn(self) -> Ticket:
+        """What is new while requests run."""
+        while self._channel.is_readable():
+            self._take_message()
+        if self._is_hub:
+            return self._issue()
+        try:
+            return _as_ticket(self._links[self._replica].hear(timeout_s=self._start.timeout_s))
+        except (PeerGone, LinkTimeout) as error:
+            self._broken(error, "requests that run beside others")
+
+    def _issue(self) -> Ticket:
+        """Tell the other ranks of the next ticket."""
+        if self._next_ticket.pause and not adapter.can_pause(self._scheduler):
+            ticket, self._next_ticket = replace(self._next_ticket, pause=False), Ticket(pause=True)
+        else:
+            ticket, self._next_ticket = self._next_ticket, Ticket()
+        try:
+            self._links[self._replica].tell(*ticket.to_frame())
+        except PeerGone as error:
+            self._broken(error, "requests that run beside others")
+        return ticket
+
+    def _apply(self, ticket: Ticket) -> list[Any]:
+        """A ticket as SGLang's messages."""
+        messages = []
+        for submit in ticket.submits:
+            made = [
+                adapter.make_request(request, rid, self._scheduler, stream=submit.stream)
+                for rid, request in submit.requests.items()
+            ]
+            self.outputs.serve(list(submit.requests), [one.return_logprob for one in made], self._weights.version)
+            messages.append(adapter.make_batch(made))
+        messages += [adapter.make_abort(rid) for rid in ticket.aborts]
+        if ticket.pause and not self._is_paused:
+            messages.append(adapter.make_pause())
+            self._is_paused = True
+        if ticket.resume and self._is_paused:
+            messages.append(adapter.make_resume())
+            self._is_paused = False
+        self._weights.is_inspected = False
+        return messages
+
+    def _submit(self, submit: Submit) -> None:
+        """Put requests into the next ticket, or say why not: they must not fail on other ranks."""
+        try:
+            error = self._memory.refusal("generate", None)
+            if error is not None:
+                raise error
+            self._weights.check_consistent()
+            for rid, request in submit.requests.items():
+                request.to_frame()
+                adapter.make_request(request, rid, self._scheduler)
+        except SpmdEngineError as error:
+            report = ErrorReport(type(error).__name__, str(error), self._start.rank)
+            self._channel.send(Refused(tuple(submit.requests), report))
+            return
+        self._next_ticket.submits.append(submit)
+
+    def _hold(self, call: Call) -> None:
+        """Keep a collective call until no request runs; an update may say that they shall not run that long."""
+        self._pending, self._is_coming = call, False
+        if call.kind == "update_weights" and self._is_hub and self.outputs.served:
+            if call.payload["running"] == "abort":
+                self._next_ticket.aborts += list(self.outputs.served)
+            elif call.payload["running"] == "pause" and not self._is_paused:
+                self._next_ticket.pause = self._wants_resume = True
+
+    def _abort(self, rids: tuple[str, ...]) -> None:
+        """End requests, those that have not begun included."""
+        for submit in [*self._next_ticket.submits, *self._later]:
+            gone = [rid for rid in submit.requests if rid in rids]
+            reason = {"type": "abort", "message": "aborted before it began"}
+            for rid in gone:
+                del submit.requests[rid]
+                self._report([Increment(rid, [], [], None, reason, 0, 0)])
+        self._next_ticket.submits = [submit for submit in self._next_ticket.submits if submit.requests]
+        self._later = [submit for submit in self._later if submit.requests]
+        self._next_ticket.aborts += [rid for rid in rids if rid in self.outputs.served]
+
+    def _may_resume(self) -> bool:
+        """Whether paused requests can go on: not with released memory, nor with a mixture of weights."""
+        try:
+            self._weights.check_consistent()
+        except SpmdEngineError:
+            return False
+        return self._memory.refusal("generate", None) is None
 
     # ---- one call ----
 
-    def _next_call(self) -> Call:
-        spin_s = 0.0
+    def _next_call(self) -> Call | Ticket:
+        """What comes next while nothing runs: a collective call, or requests beside others."""
         while True:
-            try:
-                message, fds = self._channel.recv(spin_s=spin_s)
-            except ChannelClosed:
-                self._watchdog.die(
-                    ErrorReport("SchedulerDiedError", "the trainer closed its channel", self._start.rank)
-                )
-            if isinstance(message, Shutdown):
-                self._watchdog.leave()
-            elif isinstance(message, LinkAddress):
-                self._join(message, fds)
-            elif isinstance(message, Coming):
+            if self._pending is None:
+                while self._later:
+                    self._submit(self._later.pop(0))
+                if self._wants_resume and self._may_resume():
+                    self._next_ticket.resume, self._wants_resume = True, False
+                if self._next_ticket != Ticket():
+                    return self._issue()
+            elif self._next_ticket != Ticket():
+                return self._issue()
+            if self._pending is not None:
+                return self._pending
+            if self._is_hub or self._is_coming:
+                self._take_message()
+            elif (frame := self._wait_for_either()) is not None:
+                return _as_ticket(frame)
+
+    def _wait_for_either(self) -> Frame | None:
+        """Wait for the trainer, whose message is taken, or for the first rank, whose frame is returned."""
+        links = self._links[self._replica]
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        poller.register(links.data[links.hub], select.POLLIN)
+        if self._channel.fileno() in (fd for fd, _ in poller.poll()):
+            self._take_message()
+            return None
+        try:
+            return links.hear(timeout_s=self._start.timeout_s)
+        except (PeerGone, LinkTimeout) as error:
+            self._broken(error, "no call")
+
+    def _take_message(self) -> None:
+        """Wait for a message from the trainer, and do what it says or remember it."""
+        try:
+            message, fds = self._channel.recv(spin_s=self._spin_s if self._is_coming else 0.0)
+        except ChannelClosed:
+            self._watchdog.die(ErrorReport("SchedulerDiedError", "the trainer closed its channel", self._start.rank))
+        if isinstance(message, Shutdown):
+            self._watchdog.leave()
+        elif isinstance(message, LinkAddress):
+            self._join(message, fds)
+        elif isinstance(message, Coming):
+            self._is_coming = True
+            if not self.outputs.served:
                 self._weights.inspect()
-                spin_s = self._spin_s
-            elif isinstance(message, Descriptors):
-                self._weights.offer(message.counts, socket.socket(fileno=fds[0]))
-            elif isinstance(message, Call):
-                return message
+        elif isinstance(message, Descriptors):
+            self._weights.offer(message.counts, socket.socket(fileno=fds[0]))
+        elif isinstance(message, Call):
+            self._hold(message)
+        elif isinstance(message, Submit):
+            if self._pending is None:
+                self._submit(message)
+            else:
+                self._later.append(message)
+        elif isinstance(message, Abort):
+            self._abort(message.rids)
+        elif isinstance(message, Pause):
+            self._next_ticket.pause, self._wants_resume = True, False
+        elif isinstance(message, Resume):
+            self._wants_resume, self._next_ticket.pause = not self._next_ticket.pause, False
 
     def _perform(self, call: Call) -> Any:
         """Agree on `call` with the other ranks and do it; a batch for SGLang if it is a rollout."""
@@ -105,11 +282,14 @@ class Feed:
             "summary": call.summary,
             "overlapped": call.overlapped,
             "wide": wide,
-            "refusal": _as_pair(self._memory.refusal(call.kind, call.payload)),
+            "refusal": _as_pair(self._refusal(call)),
+            "tokens": self.outputs.digest(),
         }
         news, places = self._weights.announce(call.payload) if call.kind == "update_weights" else ({}, b"")
         frames = self._exchange(self._replica, {**agreement, **news}, places, call)
         error = verdict(self._replica, frames)
+        if len({header["tokens"] for header, _ in frames}) > 1:
+            error = ErrorReport("SchedulerError", self._different_tokens("requests that ran"), self._start.rank)
         wide = max((tuple(header["wide"]) for header, _ in frames), key=len)  # a refusing rank may not know its peers
         if wide and wide != self._replica and wide in self._links:
             # The other replicas are on their way into the same update: they must hear of an error here.
@@ -136,6 +316,7 @@ class Feed:
             wait_s = time.monotonic() - began
             flush = "kv_cache" not in self._memory.sleeping
             stats = self._weights.update(call.payload, frames, exchange, flush=flush, wait_s=wait_s)
+            self.outputs.use_version(self._weights.version)
             self._reply(call, value=stats)
             return None
         if call.kind in ("release_memory_occupation", "resume_memory_occupation"):
@@ -150,6 +331,18 @@ class Feed:
             self._reply(call, value=adapter.checksums(self._scheduler))
             return None
         raise SpmdEngineError(f"unknown call {call.kind!r}")
+
+    def _refusal(self, call: Call) -> SpmdEngineError | None:
+        """Why a call cannot be made now."""
+        if call.kind == "generate" and self._is_paused:
+            return EngineBusyError("requests are paused: call resume() before generate")
+        return self._memory.refusal(call.kind, call.payload)
+
+    def _different_tokens(self, what: str) -> str:
+        return (
+            f"the TP ranks {list(self._replica)} generated different tokens in {what}; "
+            "set SYNC_TOKEN_IDS_ACROSS_TP=1 if the hardware is not deterministic"
+        )
 
     def _generate(self, call: Call) -> Any:
         requests = call.payload
@@ -179,11 +372,8 @@ class Feed:
         tokens = digest([array("q", result.output_ids) for result in results])
         frames = self._exchange(self._replica, {"tokens": tokens}, b"", call)
         if len({header["tokens"] for header, _ in frames}) > 1:
-            message = (
-                f"the TP ranks {list(self._replica)} generated different tokens in {call.summary}; "
-                "set SYNC_TOKEN_IDS_ACROSS_TP=1 if the hardware is not deterministic"
-            )
-            self._reply(call, error=ErrorReport("SchedulerError", message, self._start.rank))
+            error = ErrorReport("SchedulerError", self._different_tokens(call.summary), self._start.rank)
+            self._reply(call, error=error)
         else:
             self._reply(call, value=results)
 
@@ -228,6 +418,12 @@ class Feed:
             message = f"rank {me} was in {what}, but {how}"
         self._watchdog.die(ErrorReport(kind, message, error.rank))
         raise AssertionError("die() does not return")
+
+
+def _as_ticket(frame: Frame) -> Ticket:
+    ticket = Ticket.from_frame(frame)
+    assert ticket is not None, f"the first rank sent {frame[0]} where a ticket was due"
+    return ticket
 
 
 def _as_pair(error: SpmdEngineError | None) -> list[str] | None:

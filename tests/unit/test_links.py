@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import threading
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from spmd_engine.channel import LinkAddress
-from spmd_engine.links import Links, LinkTimeout, PeerGone, frame, listen, recv_frame
+from spmd_engine.links import Interjection, Links, LinkTimeout, PeerGone, frame, listen, recv_frame
 
 
 def address(ranks, token="secret", host="127.0.0.1"):
@@ -105,3 +106,19 @@ def test_exchange_is_fast_enough_for_every_update():
         for _ in range(50):
             list(pool.map(lambda r: links[r].exchange({"x": 1}, timeout_s=5.0), (0, 1)))
         assert (time.monotonic() - began) / 50 < 0.05
+
+
+def test_what_the_hub_tells_comes_before_the_exchange_that_a_member_has_begun():
+    links = connect((0, 1))
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(lambda: links[1].exchange({"stale": True}, timeout_s=20.0))
+        while not select.select([links[0].data[1]], [], [], 0.01)[0]:
+            pass
+        links[0].tell({"news": 1}, b"one")
+        with pytest.raises(Interjection) as first:
+            early.result()
+        assert first.value.frame == ({"news": 1}, b"one")
+        links[0].tell({"news": 2})
+        assert links[1].hear(timeout_s=20.0) == ({"news": 2}, b"")
+        late = pool.submit(lambda: links[1].exchange({"fresh": True}, timeout_s=20.0))
+        assert links[0].exchange({}, timeout_s=20.0) == [({}, b""), ({"fresh": True}, b"")] == late.result()

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from spmd_engine.channel import Submit
 from spmd_engine.digest import digest
 from spmd_engine.errors import InvalidRequestError
-from spmd_engine.requests import GenerateOutput, build_requests, format_outputs
+from spmd_engine.requests import GenerateOutput, TextStream, build_requests, format_outputs
+from spmd_engine.scheduler.tickets import Ticket
 
 
 def build(**kwargs):
@@ -113,7 +116,7 @@ def output(text, matched=None, kind="stop"):
 )
 def test_text_is_trimmed_as_sglang_does(out, keep, text):
     requests, _ = build(input_ids=[120, 121], sampling_params={"no_stop_trim": keep})
-    (result,) = format_outputs(requests, [out], call=9, tokenizer=Letters(), return_text_in_logprobs=False)
+    (result,) = format_outputs(requests, [out], ids=["9-0"], tokenizer=Letters(), return_text_in_logprobs=False)
     assert result["text"] == text
     assert result["output_ids"] == out.output_ids
     assert result["meta_info"]["id"] == "9-0" and result["meta_info"]["weight_version"] == 3
@@ -126,3 +129,32 @@ def test_digest_tells_values_not_identities():
     different = [[1], [1.0], ["1"], [True], [[1]], [1, 1], (1, 2), {"a": 1}, array("q", [1]), np.array([1]), None, {1}]
     assert len({digest(value) for value in different}) == len(different)
     assert digest(array("q", [1, 2])) == digest(array("q", [1, 2]))
+
+
+def test_a_request_goes_through_a_ticket():
+    request = build(input_ids=[7, 8])[0][0]
+    ticket = Ticket([Submit({"a;": request, "b;": request}, True), Submit({"c;": request}, False)], ["x;"], pause=True)
+    assert Ticket.from_frame(ticket.to_frame()) == ticket
+    assert Ticket.from_frame(Ticket().to_frame()) == Ticket()
+    assert Ticket.from_frame(({"headers": []}, b"")) is None
+    with pytest.raises(InvalidRequestError, match="must be plain values"):
+        replace(request, sampling_params={"custom": object()}).to_frame()
+
+
+class Bytes:
+    """Decodes tokens as the bytes of UTF-8; half a character becomes the replacement character, as tokenizers do it."""
+
+    def decode(self, ids, **_):
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_text_comes_bit_by_bit_and_only_whole_characters(size):
+    request = build(input_ids=list("ä prompt".encode()))[0][0]
+    ids = list("für 5 € 😀 und naïve Ω!".encode())
+    stream, text = TextStream(request, Bytes()), ""
+    for at in range(0, len(ids), size):
+        more = stream.add(ids[at : at + size])
+        assert "\ufffd" not in more
+        text += more
+    assert text + stream.finish(bytes(ids).decode()) == bytes(ids).decode()

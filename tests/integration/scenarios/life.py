@@ -99,6 +99,7 @@ def bad_starts(context: Any, path: str) -> dict[str, Any]:
     refused(config, "one SpmdEngine a replica", dp_size=2)
     refused(config, "device_mesh_cpu has 2 ranks", tp_size=4)
     refused(config, "one dimension", device_mesh_cpu=init_device_mesh("cpu", (1, context.world)))
+    refused(config, "on the CPU use grammar_backend='llguidance'", grammar_backend="xgrammar")
     refused(config, "attention_backend|choose|invalid|Invalid", attention_backend="no_such_backend")
     refused(errors.CollectiveMismatchError, "rank 0.*\n.*rank 1", context_length=128 + context.rank)
     refused(errors.CollectiveMismatchError, "'port': 1", **({"port": 1} if context.rank == 0 else {}))

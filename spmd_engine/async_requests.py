@@ -1,0 +1,314 @@
+"""Requests of one replica that run beside one another: the trainer's side of `SpmdEngine.async_generate`.
+
+All of it happens in the thread of the caller's asyncio event loop, which watches the channel to the scheduler process
+while requests are under way. A collective call in another thread reads the channel meanwhile and passes on what it
+finds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spmd_engine import requests as req
+from spmd_engine.caller import Caller, copy_of
+from spmd_engine.channel import Abort, Progress, Refused, Submit
+from spmd_engine.errors import CollectiveTimeoutError, InvalidRequestError
+from spmd_engine.requests import GenerateOutput, GenerateRequest, Increment, TextStream
+
+_LIVENESS_S = 1.0
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One sequence under way."""
+
+    rid: str
+    index: int
+    request: GenerateRequest
+    news: asyncio.Queue[_Sequence]
+    output_ids: list[int] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    logprobs: dict[str, list[Any]] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: dict[str, Any] | None = None
+    abort_message: str | None = None
+    error: Exception | None = None
+    fresh: list[Increment] = field(default_factory=list)  # not taken by the caller yet
+
+    @property
+    def is_over(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    def take(self, more: Increment) -> None:
+        self.output_ids += more.output_ids
+        self.versions += more.versions
+        for name, values in (more.logprobs or {}).items():
+            self.logprobs.setdefault(name, []).extend(values)
+        self.prompt_tokens = more.prompt_tokens or self.prompt_tokens
+        self.cached_tokens = more.cached_tokens or self.cached_tokens
+        if more.finish_reason is not None:
+            self.finish_reason = more.finish_reason
+            if more.finish_reason.get("type") == "abort" and self.abort_message:
+                self.finish_reason = {**more.finish_reason, "message": self.abort_message}
+
+    def output(self, increments: Sequence[Increment] | None = None) -> GenerateOutput:
+        """All that came, or what some increments brought."""
+        ids, versions, logprobs = self.output_ids, self.versions, self.logprobs
+        if increments is not None:
+            ids = [token for one in increments for token in one.output_ids]
+            versions = [version for one in increments for version in one.versions]
+            logprobs = {}
+            for one in increments:
+                for name, values in (one.logprobs or {}).items():
+                    logprobs.setdefault(name, []).extend(values)
+        return GenerateOutput(
+            output_ids=ids,
+            finish_reason=self.finish_reason or {},
+            prompt_tokens=self.prompt_tokens or len(self.request.input_ids),
+            completion_tokens=len(self.output_ids),
+            cached_tokens=self.cached_tokens,
+            logprobs={**req.no_logprobs(), **logprobs} if self.request.return_logprob else None,
+            weight_version=self.versions[-1] if self.versions else -1,
+            token_versions=versions,
+        )
+
+
+class AsyncRequests:
+    """Submits requests to the scheduler process of a replica's first rank, and hands out what comes of them.
+
+    Args:
+        caller: to that process.
+        tokenizer: or None.
+        timeout_s: longest silence of the process while requests run.
+        finished: called with the results of every request that is over.
+    """
+
+    def __init__(
+        self,
+        caller: Caller,
+        tokenizer: Any,
+        timeout_s: float,
+        finished: Callable[[list[dict[str, Any]]], None],
+    ) -> None:
+        self._caller, self._tokenizer, self._timeout_s = caller, tokenizer, timeout_s
+        self._finished = finished
+        self._sequences: dict[str, _Sequence] = {}
+        self._names: dict[str, list[str]] = {}  # the sequences of each request
+        self._count = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+        self._fd = -1
+        self._is_watching = False
+        self._timer: asyncio.TimerHandle
+        self._heard = 0.0
+        self.is_paused = False
+        caller.on_message = self._message_elsewhere
+        caller.on_end = self._end_elsewhere
+        caller.on_idle = self._idle_elsewhere
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    # ---- the caller's side ----
+
+    def start(
+        self,
+        requests: list[GenerateRequest],
+        *,
+        stream: bool,
+        request_id: str | None,
+        timeout_s: float | None,
+    ) -> tuple[str, list[_Sequence]]:
+        """Submit requests; their id, and what will come of them.
+
+        Raises:
+            InvalidRequestError: the id is in use.
+            RuntimeError: requests run in another event loop.
+        """
+        loop = asyncio.get_running_loop()
+        if self._sequences and loop is not self._loop:
+            raise RuntimeError("requests of this engine run in another event loop: use one for all of them")
+        if request_id is not None and request_id in self._names:
+            raise InvalidRequestError(f"request_id {request_id!r} runs already: give each request an id of its own")
+        self._caller.check_alive()
+        self._count += 1
+        name = request_id if request_id is not None else f"request-{self._count}"
+        news: asyncio.Queue[_Sequence] = asyncio.Queue()
+        made = [_Sequence(f"{self._count}.{i};", i, one, news) for i, one in enumerate(requests)]
+        if not self._sequences:
+            self._heard = time.monotonic()
+        self._sequences.update({one.rid: one for one in made})
+        self._names[name] = [one.rid for one in made]
+        self._is_watching = self._is_watching and loop is self._loop  # one that was closed watches no more
+        self._loop, self._thread = loop, threading.get_ident()
+        self._watch()
+        self._caller.send(Submit({one.rid: one.request for one in made}, stream))
+        if timeout_s is not None:
+            loop.call_later(timeout_s, self._time_out, name, made, timeout_s)
+        return name, made
+
+    async def wait(self, name: str, sequences: list[_Sequence], *, with_text: bool) -> list[dict[str, Any]]:
+        """The results, once all sequences are over.
+
+        Raises:
+            SpmdEngineError: they were refused, or the engine ended.
+        """
+        try:
+            while not all(one.is_over for one in sequences):
+                await sequences[0].news.get()
+            for one in sequences:
+                if one.error is not None:
+                    raise one.error
+            results = self._format(sequences, [one.output() for one in sequences], name, with_text)
+            self._finished(results)
+            return results
+        finally:
+            self._drop(name, sequences)
+
+    async def stream(self, name: str, sequences: list[_Sequence], *, with_text: bool) -> AsyncIterator[dict[str, Any]]:
+        """What comes, as it comes."""
+        texts = [TextStream(one.request, self._tokenizer) if self._tokenizer else None for one in sequences]
+        try:
+            left = len(sequences)
+            while left:
+                one = await sequences[0].news.get()
+                if one.error is not None:
+                    raise one.error
+                increments, one.fresh = one.fresh, []
+                is_over = any(more.finish_reason is not None for more in increments)
+                (result,) = self._format([one], [one.output(increments)], name, with_text)
+                text = texts[one.index]
+                if text is not None:
+                    result["text"] = text.add(result["output_ids"])
+                    if is_over:
+                        (whole,) = self._format([one], [one.output()], name, False)
+                        result["text"] += text.finish(whole["text"])
+                result["meta_info"]["finish_reason"] = one.finish_reason if is_over else None
+                if len(sequences) > 1:
+                    result["index"] = one.index
+                left -= is_over
+                if is_over or result["output_ids"]:
+                    yield result
+            self._finished(self._format(sequences, [one.output() for one in sequences], name, False))
+        finally:
+            self._drop(name, sequences)
+
+    def _format(
+        self, sequences: list[_Sequence], outputs: list[GenerateOutput], name: str, with_text: bool
+    ) -> list[dict[str, Any]]:
+        many = len(self._names.get(name, ())) > 1
+        return req.format_outputs(
+            [one.request for one in sequences],
+            outputs,
+            ids=[f"{name}-{one.index}" if many else name for one in sequences],
+            tokenizer=self._tokenizer,
+            return_text_in_logprobs=with_text,
+        )
+
+    def abort(self, name: str | None, message: str) -> int:
+        """End a request, or all; the number of sequences that were still under way."""
+        rids = list(self._sequences) if name is None else self._names.get(name, [])
+        running = [rid for rid in rids if rid in self._sequences and not self._sequences[rid].is_over]
+        for rid in running:
+            self._sequences[rid].abort_message = self._sequences[rid].abort_message or message
+        if running:
+            self._caller.send(Abort(tuple(running)))
+        return len(running)
+
+    def _time_out(self, name: str, sequences: list[_Sequence], timeout_s: float) -> None:
+        if self._names.get(name) == [one.rid for one in sequences]:
+            self.abort(name, f"timed out after {timeout_s:g} s")
+
+    def _drop(self, name: str, sequences: list[_Sequence]) -> None:
+        """Nobody waits for these any more."""
+        self.abort(name, "nobody waits for it any more")
+        self._names.pop(name, None)
+        for one in sequences:
+            self._sequences.pop(one.rid, None)
+        if not self._sequences:
+            self._unwatch()
+
+    # ---- the channel ----
+
+    def _watch(self) -> None:
+        if not self._is_watching and self._loop is not None:
+            self._fd = self._caller.fileno()
+            self._loop.add_reader(self._fd, self._readable)
+            self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
+            self._is_watching = True
+
+    def _unwatch(self) -> None:
+        if self._is_watching and self._loop is not None:
+            self._loop.remove_reader(self._fd)
+            self._timer.cancel()
+            self._is_watching = False
+
+    def _readable(self) -> None:
+        """Called by the event loop when something has come."""
+        with contextlib.suppress(Exception):  # every sequence has it, from `_end`
+            if not self._caller.poll(self._take):
+                self._unwatch()  # a call in another thread reads; `_idle_elsewhere` will say when it has returned
+
+    def _check_progress(self) -> None:
+        """Nothing may stay silent for ever."""
+        running = any(not one.is_over for one in self._sequences.values())
+        silent_s = time.monotonic() - self._heard
+        if running and not self.is_paused and silent_s > self._timeout_s:
+            error = CollectiveTimeoutError(
+                f"nothing was heard of {len(self._sequences)} running requests for {silent_s:.0f} s"
+            )
+            with contextlib.suppress(CollectiveTimeoutError):
+                self._caller.fail(error)
+            return
+        assert self._loop is not None
+        self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
+
+    def _take(self, message: object) -> None:
+        """A message that came while requests run, in the thread of the event loop."""
+        self._heard = time.monotonic()
+        if isinstance(message, Progress):
+            for more in message.increments:
+                if (one := self._sequences.get(more.rid)) is not None:
+                    one.take(more)
+                    one.fresh.append(more)
+                    one.news.put_nowait(one)
+        elif isinstance(message, Refused):
+            for rid in message.rids:
+                if (one := self._sequences.get(rid)) is not None:
+                    one.error = message.error.to_exception()
+                    one.news.put_nowait(one)
+
+    def _end(self, error: Exception) -> None:
+        """The engine has ended."""
+        self._unwatch()
+        for one in self._sequences.values():
+            if not one.is_over:
+                one.error = copy_of(error)
+                one.news.put_nowait(one)
+
+    # ---- news from calls, of this thread or another ----
+
+    def _message_elsewhere(self, message: object) -> None:
+        self._later(self._take, message)
+
+    def _end_elsewhere(self, error: Exception) -> None:
+        self._later(self._end, error)
+
+    def _idle_elsewhere(self) -> None:
+        if self._sequences and not self._is_watching:
+            self._later(self._watch)
+
+    def _later(self, action: Callable[..., None], *arguments: Any) -> None:
+        if self._loop is None or self._loop.is_closed():
+            return
+        if threading.get_ident() == self._thread:
+            action(*arguments)
+        else:
+            self._loop.call_soon_threadsafe(action, *arguments)

@@ -1,0 +1,307 @@
+"""Requests that run beside one another, from the leader alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from itertools import chain
+from typing import Any
+
+import models
+import pytest
+import torch.distributed as dist
+
+from integration.scenarios.common import GREEDY, PROMPTS, greedy, shard
+from spmd_engine import errors
+
+TEXTS = ["ab ba", "a b", "abba ab", "b"]
+
+
+def leader(context: Any, engine: Any, program: Any) -> None:
+    """Run a program on the leader; the other ranks do something of their own meanwhile, and call nothing."""
+    if engine.is_leader:
+        asyncio.run(program(engine))
+    dist.barrier()
+
+
+async def collect(stream: Any) -> list[dict[str, Any]]:
+    return [part async for part in stream]
+
+
+def joined(lists: Any) -> list[Any]:
+    return list(chain.from_iterable(lists))
+
+
+def forms(context: Any, path: str) -> dict[str, Any]:
+    """The same tokens, log-probabilities and texts as `generate` has, however they are asked for."""
+    wanted = {"sampling_params": GREEDY, "return_logprob": True, "top_logprobs_num": 2}
+    with context.engine(path, context.world, grammar_backend="llguidance") as engine:
+        expected = [engine.generate(prompt=text, **wanted) for text in TEXTS]
+        tokens = greedy(engine)
+        stop = {**GREEDY, "stop": [expected[0]["text"][3:5]]}
+        stopped = engine.generate(prompt=TEXTS[0], sampling_params=stop)
+        schema = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+        constraints = [{"regex": "(ab|ba)+c"}, {"json_schema": schema}, {"ebnf": 'root ::= "x" | "yz"'}]
+        constrained = {}
+        for rule in constraints:
+            rules = {**GREEDY, **rule}
+            constrained[str(rule)] = engine.generate(prompt=TEXTS[0], sampling_params=rules)["text"]
+        assert constrained[str(constraints[0])].strip("abc") == ""
+        assert constrained[str(constraints[1])].startswith("{")
+        assert constrained[str(constraints[2])] in ("x", "yz")
+
+        async def program(engine: Any) -> None:
+            same = await asyncio.gather(*(engine.async_generate(prompt=text, **wanted) for text in TEXTS * 5))
+            for found, other in zip(same, expected * 5, strict=True):
+                assert found["output_ids"] == other["output_ids"] and found["text"] == other["text"]
+                assert found["meta_info"]["token_weight_versions"] == [0] * 12
+                for name in ("output_token_logprobs", "output_top_logprobs", "finish_reason", "prompt_tokens"):
+                    assert_close(found["meta_info"][name], other["meta_info"][name])
+            parts = await collect(await engine.async_generate(prompt=TEXTS[0], stream=True, **wanted))
+            assert len(parts) > 3
+            assert joined(part["output_ids"] for part in parts) == expected[0]["output_ids"]
+            assert "".join(part["text"] for part in parts) == expected[0]["text"]
+            logprobs = joined(part["meta_info"]["output_token_logprobs"] for part in parts)
+            assert_close(logprobs, expected[0]["meta_info"]["output_token_logprobs"])
+            assert [part["meta_info"]["finish_reason"] for part in parts][:-1] == [None] * (len(parts) - 1)
+            assert parts[-1]["meta_info"]["finish_reason"] == expected[0]["meta_info"]["finish_reason"]
+
+            found = await engine.async_generate(prompt=TEXTS[0], sampling_params=stop)
+            assert (found["text"], found["output_ids"]) == (stopped["text"], stopped["output_ids"])
+            parts = await collect(await engine.async_generate(prompt=TEXTS[0], sampling_params=stop, stream=True))
+            assert "".join(part["text"] for part in parts) == stopped["text"]
+
+            # Constrained output.
+            for rule in constraints:
+                found = await engine.async_generate(prompt=TEXTS[0], sampling_params={**GREEDY, **rule})
+                assert found["text"] == constrained[str(rule)]
+
+            several = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "n": 3}, "request_id": "mine"}
+            assert [one["output_ids"] for one in await engine.async_generate(**several)] == [tokens[0]] * 3
+            parts = await collect(await engine.async_generate(**several, stream=True))
+            assert {part["meta_info"]["id"] for part in parts} == {"mine-0", "mine-1", "mine-2"}
+            for index in range(3):
+                ours = [part["output_ids"] for part in parts if part["index"] == index]
+                assert joined(ours) == tokens[0]
+
+            # What is refused does not disturb what runs.
+            running = asyncio.ensure_future(engine.async_generate(input_ids=PROMPTS[1], sampling_params=GREEDY))
+            for arguments in (
+                {"input_ids": [10**6]},
+                {"input_ids": [1], "sampling_params": {"top_p": 7}},
+                {"input_ids": [1], "priority": 3},
+                {"input_ids": [1], "sampling_params": {"logit_bias": {"1": object()}}},
+                {"input_ids": [1], "prompt": "a"},
+            ):
+                with pytest.raises(errors.InvalidRequestError):
+                    await engine.async_generate(**arguments)
+            assert (await running)["output_ids"] == tokens[1]
+
+            # Time is up, somebody ends it, or nobody waits for it any more: it ends with the tokens that it has.
+            long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": 200}}
+            found = await engine.async_generate(**long, timeout_s=0.2)
+            assert found["meta_info"]["finish_reason"]["message"] == "timed out after 0.2 s"
+            assert (
+                0 < len(found["output_ids"]) < 200 and found["output_ids"][:12] == tokens[0][: len(found["output_ids"])]
+            )
+            one, other = (asyncio.ensure_future(engine.async_generate(**long, request_id=name)) for name in ("1", "10"))
+            await asyncio.sleep(0.2)
+            with pytest.raises(errors.InvalidRequestError, match="'1' runs already"):
+                await engine.async_generate(**long, request_id="1")
+            assert engine.abort("1") == 1 and engine.abort("nobody") == 0
+            assert (await one)["meta_info"]["finish_reason"]["type"] == "abort"
+            assert not other.done()
+            other.cancel()
+            stream = await engine.async_generate(**long, stream=True)
+            async for _ in stream:
+                break
+            await stream.aclose()
+            third = [asyncio.ensure_future(engine.async_generate(**long)) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            assert engine.abort() == 3
+            assert {one["meta_info"]["finish_reason"]["type"] for one in await asyncio.gather(*third)} == {"abort"}
+            # Everything has ended; were it not so, this would wait for 200 tokens.
+            assert (await engine.async_generate(input_ids=PROMPTS[2], sampling_params=GREEDY))["output_ids"] == tokens[
+                2
+            ]
+
+        leader(context, engine, program)
+        if not engine.is_leader:
+            for call in (engine.abort, engine.pause, engine.resume):
+                with pytest.raises(errors.InvalidRequestError, match="is for the leader"):
+                    call()
+        assert greedy(engine) == tokens  # it also compares what all ranks have made since
+    return {}
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """Equal, but for the last digits of log-probabilities: another batch may add them up in another order."""
+    if isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=2e-2)
+    else:
+        assert found == expected
+
+
+def mixed(context: Any, path: str) -> dict[str, Any]:
+    """Collective calls and requests beside others, in the order in which the leader makes them."""
+    with context.engine(path, context.world, enable_memory_saver=True) as engine:
+        sources = [shard(models.make_model("qwen2", seed=seed), context.world) for seed in (2, 3)]
+        tokens = []
+        for source in sources:
+            engine.update_weights(source)
+            tokens.append(greedy(engine))
+        long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": 100}}
+
+        async def beside(calls: Any, finish: Any) -> None:
+            tasks = [asyncio.ensure_future(engine.async_generate(**long)) for _ in range(4)]
+            while not engine._requests._sequences or not all(
+                one.output_ids for one in engine._requests._sequences.values()
+            ):
+                await asyncio.sleep(0.01)
+            calls()
+            await finish([await task for task in tasks])
+
+        def run(calls: Any, finish: Any) -> None:
+            if engine.is_leader:
+                asyncio.run(beside(calls, finish))
+            else:
+                calls()
+            dist.barrier()
+
+        # They wait for one another.
+        async def all_are_whole(results: list[dict[str, Any]]) -> None:
+            assert {len(one["output_ids"]) for one in results} == {100}
+            assert {one["meta_info"]["weight_version"] for one in results} == {2}
+
+        def rollout() -> None:
+            assert greedy(engine) == tokens[1]
+
+        run(rollout, all_are_whole)
+        run(lambda: engine.update_weights(sources[1]), all_are_whole)
+
+        # Aborted for the update.
+        async def all_are_aborted(results: list[dict[str, Any]]) -> None:
+            assert {one["meta_info"]["finish_reason"]["type"] for one in results} == {"abort"}
+            assert all(0 < len(one["output_ids"]) < 100 for one in results)
+
+        run(lambda: engine.update_weights(sources[0], running="abort"), all_are_aborted)
+        assert greedy(engine) == tokens[0]
+
+        # Paused for the update: the tokens before it are the old weights', those after it the new ones'.
+        finished: list[dict[str, Any]] = []
+
+        async def keep(results: list[dict[str, Any]]) -> None:
+            finished.extend(results)
+
+        before = engine.weight_version
+        run(lambda: engine.update_weights(sources[1], running="pause"), keep)
+        check_versions(context, engine, finished, before)
+
+        # Paused by hand, with a nap and two updates meanwhile.
+        def nap() -> None:
+            if engine.is_leader:
+                engine.pause()
+            engine.update_weights(sources[1])
+            engine.release_memory_occupation()
+            engine.resume_memory_occupation()
+            with pytest.raises(errors.EngineBusyError, match=r"call resume\(\) before generate"):
+                engine.generate(input_ids=[1])
+            if engine.is_leader:
+                engine.resume()  # not before the weights are there again
+            engine.update_weights(sources[0])
+
+        finished.clear()
+        before = engine.weight_version
+        run(nap, keep)
+        check_versions(context, engine, finished, before, last=before + 2)
+        assert greedy(engine) == tokens[0]
+        with pytest.raises(errors.InvalidRequestError, match="running must be one of"):
+            engine.update_weights(sources[0], running="maybe")
+        # Five rollouts, twice four continuations, and on the leader five times four requests.
+        expected = 5 * len(PROMPTS) + 2 * 4 + (20 if engine.is_leader else 0)
+        assert engine.stats().sequences == expected
+    return {}
+
+
+def check_versions(context: Any, engine: Any, results: list[Any], before: int, last: int | None = None) -> None:
+    """Each token is the greedy one of the weights that it is said to be of: the last ones now serve."""
+    shared: list[Any] = [results]
+    dist.broadcast_object_list(shared, src=0)
+    for result in shared[0]:
+        versions, ids = result["meta_info"]["token_weight_versions"], result["output_ids"]
+        assert len(versions) == len(ids) == 100 and versions == sorted(versions)
+        assert set(versions) == {before, last or before + 1}
+        made = versions.index(last or before + 1)
+        prompt = [*PROMPTS[0], *ids[:made]]
+        rest = engine.generate(input_ids=prompt, sampling_params={**GREEDY, "max_new_tokens": 100 - made})
+        assert rest["output_ids"] == ids[made:]
+
+
+def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
+    """Many requests at once, with random aborts, pauses and delays: all are accounted for."""
+    with context.engine(path, context.world, timeout_s=60.0) as engine:
+        draw = random.Random(seed)
+
+        async def one() -> dict[str, Any]:
+            await asyncio.sleep(draw.random() * 2)
+            prompt = [draw.randrange(5, 300) for _ in range(draw.randint(1, 30))]
+            params = {"max_new_tokens": draw.randint(1, 24), "temperature": 1.0, "ignore_eos": True}
+            name = f"{draw.getrandbits(64):x}"
+            call = {"input_ids": prompt, "sampling_params": params, "request_id": name}
+            if draw.random() < 0.3:
+                asyncio.get_running_loop().call_later(draw.random(), engine.abort, name)
+            if draw.random() < 0.2:
+                parts = await collect(await engine.async_generate(**call, stream=True))
+                return {**parts[-1], "output_ids": joined(part["output_ids"] for part in parts)} if parts else {}
+            return await engine.async_generate(**call)
+
+        async def hold() -> None:
+            for _ in range(6):
+                await asyncio.sleep(draw.random() * 0.5)
+                engine.pause()
+                await asyncio.sleep(draw.random() * 0.2)
+                engine.resume()
+
+        async def program(engine: Any) -> None:
+            *results, _ = await asyncio.gather(*(one() for _ in range(requests)), hold())
+            assert len(results) == requests and len(engine._requests) == 0
+            kinds = {result["meta_info"]["finish_reason"]["type"] for result in results if result}
+            assert kinds == {"length", "abort"}
+
+        leader(context, engine, program)
+        greedy(engine)  # compares what all ranks have made
+    return {}
+
+
+def death(context: Any, path: str) -> dict[str, Any]:
+    """All requests end with the cause."""
+    engine = context.engine(path, context.world)
+    long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": 200}}
+
+    async def program() -> None:
+        tasks = [asyncio.ensure_future(engine.async_generate(**long)) for _ in range(3)]
+        stream = await engine.async_generate(**long, stream=True)
+        await anext(stream)
+        dist.barrier()
+        began = time.monotonic()
+        for error in await asyncio.gather(*tasks, collect(stream), return_exceptions=True):
+            assert isinstance(error, errors.SchedulerDiedError) and error.rank == 1
+        assert time.monotonic() - began < 10.0
+        with pytest.raises(errors.SchedulerDiedError):
+            await engine.async_generate(**long)
+
+    if engine.is_leader:
+        asyncio.run(program())
+    else:
+        dist.barrier()
+        os.kill(engine.scheduler_pid, signal.SIGKILL)
+    engine.shutdown()
+    return {}

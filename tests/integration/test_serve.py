@@ -1,0 +1,37 @@
+"""`async_generate` on real schedulers: forms, mixture with collective calls, pauses, many at once, death."""
+
+from __future__ import annotations
+
+import os
+
+import models
+import pytest
+
+from integration.jobs import run_job
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenized")
+    models.save_model("qwen2", directory, seed=1)
+    models.save_tokenizer(directory)
+    return str(directory)
+
+
+def test_forms(tmp_path, with_tokenizer):
+    run_job("serve.forms", 2, tmp_path, path=with_tokenizer)
+
+
+def test_mixture_with_collective_calls(tmp_path, checkpoint):
+    run_job("serve.mixed", 2, tmp_path, path=checkpoint("qwen2", 1))
+
+
+@pytest.mark.one_version
+def test_many_at_once(tmp_path, checkpoint):
+    requests, seed = int(os.environ.get("SERVE_REQUESTS", "200")), int(os.environ.get("SERVE_SEED", "1"))
+    run_job("serve.many", 2, tmp_path, path=checkpoint("qwen2", 1), requests=requests, seed=seed, timeout_s=600.0)
+
+
+@pytest.mark.one_version
+def test_death(tmp_path, checkpoint, leaves_nothing):
+    run_job("serve.death", 2, tmp_path, path=checkpoint("qwen2", 1))
