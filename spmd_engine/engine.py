@@ -262,7 +262,8 @@ class SpmdEngine:
         """What `update_weights(source)` would move, from which rank to which and over which links.
 
         Collective like `update_weights`, over all ranks that hold shards of `source` and the ranks of this replica.
-        Moves no weight, and leaves the engine and its plans as they are. Print the report, or see its fields.
+        Moves no weight, and leaves the engine and its plans as they are; it begins when no request runs any more. Print
+        the report, or see its fields.
 
         Args:
             source: as for `update_weights`.
