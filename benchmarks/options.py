@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from shapes import SHAPES
+from spmd_engine.shapes import SHAPES
 
 TRAINERS = ("fsdp2", "fsdp1", "plain")
 DTYPES = ("bfloat16", "float16", "float32")

@@ -21,11 +21,11 @@ import torch.distributed as dist
 from baselines import BaselineError, StockReplica
 from launcher import given_ceilings
 from machine import PeakMemory, floor_s, header, resources
-from shapes import model_directory
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainers import DTYPES, make_trainer, renew
 
 from spmd_engine import SpmdEngine, UpdateStats
+from spmd_engine.shapes import model_directory
 
 ONCE = {"record", "plan"}
 PROMPT_TOKENS = 16

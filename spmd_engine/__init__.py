@@ -26,6 +26,7 @@ from spmd_engine.errors import (
 
 if TYPE_CHECKING:
     from spmd_engine.engine import SpmdEngine
+    from spmd_engine.explain import LinkSpeeds, PlanReport
     from spmd_engine.stats import EngineStats, UpdateStats
 
 __version__ = "0.1.0"
@@ -39,8 +40,10 @@ __all__ = [
     "EngineClosedError",
     "EngineStats",
     "InvalidRequestError",
+    "LinkSpeeds",
     "MemoryOccupationError",
     "PlanError",
+    "PlanReport",
     "SchedulerDiedError",
     "SchedulerError",
     "SpmdEngine",
@@ -61,4 +64,8 @@ def __getattr__(name: str) -> Any:
         from spmd_engine import stats
 
         return getattr(stats, name)
+    if name in ("LinkSpeeds", "PlanReport"):
+        from spmd_engine import explain
+
+        return getattr(explain, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

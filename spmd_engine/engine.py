@@ -15,9 +15,12 @@ from spmd_engine.async_requests import AsyncRequests
 from spmd_engine.caller import Caller
 from spmd_engine.channel import Coming, Pause, Ready, Resume
 from spmd_engine.errors import MEMORY_TAGS, InvalidRequestError, MemoryOccupationError
+from spmd_engine.explain import LinkSpeeds, PlanReport, make_report
+from spmd_engine.plan import numbered
 from spmd_engine.startup import Startup, mesh_ranks
 from spmd_engine.stats import EngineStats, UpdateStats
 from spmd_engine.updates import WeightUpdates
+from spmd_engine.wants import from_plain
 
 if TYPE_CHECKING:
     import torch
@@ -252,6 +255,51 @@ class SpmdEngine:
         update: UpdateStats = replace(value, describe_s=made.describe_s, total_s=time.monotonic() - started)
         self._stats = self._stats.with_update(update)
         return update
+
+    def explain(
+        self, source: torch.nn.Module | Mapping[str, torch.Tensor], *, speeds: LinkSpeeds | None = None
+    ) -> PlanReport:
+        """What `update_weights(source)` would move, from which rank to which and over which links.
+
+        Collective like `update_weights`, over all ranks that hold shards of `source` and the ranks of this replica.
+        Moves no weight, and leaves the engine and its plans as they are; it begins when no request runs any more. Print
+        the report, or see its fields.
+
+        Args:
+            source: as for `update_weights`.
+            speeds: what links carry, for the floors; by default an H200's.
+
+        Returns:
+            PlanReport, the same on all ranks.
+
+        Raises:
+            PlanError: `update_weights` would refuse the source, for the same reason.
+            AsleepError: the memory of the weights is released.
+            CollectiveMismatchError, EngineBusyError: the engine stays usable.
+            SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
+        """
+
+        def prepare() -> tuple[Any, str]:
+            described, payload, summary = self._updates.prepare_survey(source, watch=self._caller.check_failed)
+            return (described.layout, payload), f"explain({summary})"
+
+        (layout, payload), found = self._caller.call(
+            "explain",
+            prepare,
+            as_payload=lambda made: made[1],
+            as_digest=lambda made: [made[1]["ranks"], made[1]["key"]],
+            refusal_payload=lambda: {"ranks": self._updates.last_ranks},
+        )
+        wants = {key: from_plain(plain) for key, plain in found["wants"].items()}
+        facts = dict(zip(payload["ranks"], found["ranks"], strict=True))
+        return make_report(
+            layout,
+            {rank: wants[fact["wants"]] for rank, fact in facts.items()},
+            nodes=numbered({rank: fact["node"] for rank, fact in facts.items()}),
+            speeds=speeds or LinkSpeeds(),
+            off_loaded=frozenset(rank for rank, fact in facts.items() if fact["off_loaded"]),
+            fallback=found["fallback"],
+        )
 
     def weight_checksums(self) -> dict[str, str]:
         """Digests of the bytes of all parameters and buffers of this rank's SGLang model, by SGLang's names.

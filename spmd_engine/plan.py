@@ -120,13 +120,16 @@ def build_plan(
             a piece itself, so that ranks of all replicas together read all of them alike. A rank that holds no weights
             reads in the replica that its number gives.
         nodes: number of the node of every rank; None if all are on one. Holders on the own node come first. All ranks
-            of a node choose the same holder on another one, so that a byte needs to come only once.
+            of a node choose the same holder on another one, so that a byte needs to come only once: that in the
+            replica of the lowest of them, as ranks of one replica tend to be neighbours.
 
     Raises:
         PlanError: a weight is missing, or a box of it is held by no rank.
     """
     index = {weight.name: i for i, weight in enumerate(layout.weights)}
     held: dict[int, list[_Held]] = {}
+    nodes = nodes or {}
+    leader = min((other for other, node in nodes.items() if node == nodes.get(rank)), default=rank)
     rows: list[tuple[int, ...]] = []
     sources: list[int] = []
     weights: list[int] = []
@@ -137,7 +140,7 @@ def build_plan(
         weight = layout.weights[number]
         last = _check_view(copy, weight)
         if number not in held:
-            held[number] = _held_pieces(weight, layout, rank, nodes or {})
+            held[number] = _held_pieces(weight, layout, rank, leader, nodes)
         want = math.prod(copy.sizes)
         found = 0
         for piece in held[number]:
@@ -180,30 +183,43 @@ class _Held:
     strides: list[int]
 
 
-def _held_pieces(weight: Weight, layout: SourceLayout, rank: int, nodes: Mapping[int, int]) -> list[_Held]:
+def _held_pieces(weight: Weight, layout: SourceLayout, rank: int, leader: int, nodes: Mapping[int, int]) -> list[_Held]:
     """All pieces of a weight, and for each the rank that `rank` reads it from."""
     shape = boxed_shape(weight.shape, weight.placements)
     everywhere: Sequence[Piece] = (Piece(Box((0,) * len(weight.shape), weight.shape), (rank,)),)
-    replica = 0
+    replica = far = 0
     if weight.mesh >= 0:
-        everywhere = pieces(weight.shape, layout.meshes[weight.mesh], weight.placements)
-        replica = replica_of(layout.meshes[weight.mesh], weight.placements, rank)
+        mesh = layout.meshes[weight.mesh]
+        everywhere = pieces(weight.shape, mesh, weight.placements)
+        replica, far = (replica_of(mesh, weight.placements, reader) for reader in (rank, leader))
     found = []
     for piece in everywhere:
         axes, cuts = _merge_axes(shape, piece.box)
         steps = contiguous_strides(tuple(extent for extent, _, _ in axes))
         first = sum(low * step for (_, low, _), step in zip(axes, steps, strict=True))
         last = sum((high - 1) * step for (_, _, high), step in zip(axes, steps, strict=True))
-        source = _nearest(piece.ranks, rank, replica, nodes)
+        source = nearest(piece.ranks, rank, replica, far, nodes)
         found.append(_Held(source, first, last, axes, _axis_strides(piece, cuts)))
     return found
 
 
-def _nearest(holders: Sequence[int], rank: int, replica: int, nodes: Mapping[int, int]) -> int:
-    """The holder of a piece, one for each replica, that `rank` reads it from."""
+def numbered(nodes: Mapping[int, str]) -> dict[int, int]:
+    """The nodes of ranks as numbers, the same on all ranks."""
+    order = list(dict.fromkeys(nodes.values()))
+    return {rank: order.index(node) for rank, node in nodes.items()}
+
+
+def nearest(holders: Sequence[int], rank: int, replica: int, far: int, nodes: Mapping[int, int]) -> int:
+    """The holder of a piece that `rank` reads it from.
+
+    Args:
+        holders: one for each replica.
+        replica, far: numbers of the replicas that `rank` and the leader of its node belong to, from `replica_of`.
+        nodes: as for `build_plan`.
+    """
     node = nodes.get(rank, 0)
     if not any(nodes.get(holder, 0) == node for holder in holders):
-        return holders[node % len(holders)]
+        return holders[far % len(holders)]
     chosen = holders[replica % len(holders)]
     if nodes.get(chosen, 0) == node:
         return chosen
@@ -213,6 +229,20 @@ def _nearest(holders: Sequence[int], rank: int, replica: int, nodes: Mapping[int
 
 def _holders(weight: Weight, layout: SourceLayout) -> str:
     return "this rank" if weight.mesh < 0 else f"the mesh {list(layout.meshes[weight.mesh].ranks)}"
+
+
+def axis_steps(copy: RecordedCopy, shape: Shape) -> list[list[tuple[int, list[tuple[int, int]]]]]:
+    """The elements that a copy reads of a weight, as disjoint products of index sets.
+
+    Returns:
+        For each product and each dimension of `shape` the first index, and (size, step) pairs that lead from it.
+    """
+    axes = [(extent, 0, extent) for extent in shape or (1,)]
+    view = _View(copy.sizes, copy.src_offset, copy.src_strides, 0, copy.dst_strides)
+    return [
+        [(first, [(size, step) for size, step, _ in dims]) for first, dims in zip(part.origin, part.along, strict=True)]
+        for part in _along_axes(view, axes)
+    ]
 
 
 def _intersect(copy: RecordedCopy, piece: _Held) -> list[Part]:

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from spmd_engine.layout import SourceLayout
 from spmd_engine.process import SchedulerProcess
 from spmd_engine.rendezvous import Rendezvous
 from spmd_engine.sources import Source, SourceReader, ranks_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,7 @@ class WeightUpdates:
             CollectiveTimeoutError: a rank that holds shards did not come to the first update.
         """
         began = time.monotonic()
-        described, memory, refusal = None, None, None
-        try:
-            described = self._reader.read(source)
-            memory = self._export(described)
-            holders = set(described.layout.ranks())
-        except Exception as error:  # of whatever kind: the other ranks wait
-            refusal, holders = error, _holders_of(source)
-        ranks = tuple(sorted({*self._replica, *holders}))
-        self.last_ranks = self._replica if set(ranks) == set(self._replica) else ranks
-        # Ranks of other replicas may be waiting to link: they must hear of a refusal, too.
-        self._link(self.last_ranks, refusal, watch)
-        if described is None or memory is None:
-            assert refusal is not None
-            raise refusal
+        described, memory = self._meet(source, self._export, watch)
         key = self._key_of(described)
         moved = self._last is None or self._last[0] != key or not memory.same_as(self._last[1])
         # Until this update commits: the scheduler process may take the new places and then refuse the update.
@@ -110,6 +99,54 @@ class WeightUpdates:
             torch.cuda.current_stream(described.device).synchronize()
         agreed = [self.last_ranks, key, verify, running]
         return UpdateRequest(payload, agreed, summary, memory, described, time.monotonic() - began)
+
+    def prepare_survey(
+        self, source: torch.nn.Module | Mapping[str, torch.Tensor], *, watch: Callable[[], None]
+    ) -> tuple[Source, dict[str, Any], str]:
+        """Describe `source`, and what an explanation needs besides: the description, the payload and a summary.
+
+        Raises:
+            PlanError: see `sources.SourceReader.read`.
+            CollectiveTimeoutError: a rank that holds shards did not come to the first call.
+        """
+        described, _ = self._meet(source, lambda _: None, watch)
+        key = self._key_of(described)
+        payload = {
+            "ranks": self.last_ranks,
+            "key": key,
+            "layout": (described.layout, described.optional),
+            "in_cpu_memory": described.device is None,
+        }
+        summary = f"{len(described.layout.weights)} weights over ranks {list(self.last_ranks)}"
+        return described, payload, f"{summary}, layout {key[:8]}"
+
+    def _meet(
+        self,
+        source: torch.nn.Module | Mapping[str, torch.Tensor],
+        make: Callable[[Source], T],
+        watch: Callable[[], None],
+    ) -> tuple[Source, T]:
+        """Describe `source`, make something of the description, and link the ranks that hold shards.
+
+        Raises:
+            SpmdEngineError: this rank, or another one, refuses the source.
+        """
+        done: tuple[Source, T] | None = None
+        refusal = None
+        try:
+            described = self._reader.read(source)
+            done = described, make(described)
+            holders = set(described.layout.ranks())
+        except Exception as error:  # of whatever kind: the other ranks wait
+            refusal, holders = error, _holders_of(source)
+        ranks = tuple(sorted({*self._replica, *holders}))
+        self.last_ranks = self._replica if set(ranks) == set(self._replica) else ranks
+        # Ranks of other replicas may be waiting to link: they must hear of a refusal, too.
+        self._link(self.last_ranks, refusal, watch)
+        if done is None:
+            assert refusal is not None
+            raise refusal
+        return done
 
     def forget_places(self) -> None:
         """The scheduler process closes the memory of all shards: say again where they are at the next update."""

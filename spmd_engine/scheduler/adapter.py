@@ -168,6 +168,45 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
         ) from error
 
 
+def build_without_weights(start: Start) -> torch.nn.Module:
+    """SGLang's model for one TP rank, alone in its process, with parameters whose memory nobody has touched.
+
+    SGLang starts as always, but in process groups of torch's `fake` backend, whose collectives end at once, and goes no
+    further than to where weights would come. It is for a process that does nothing else: some functions are replaced.
+
+    Args:
+        start: of a rank on the CPU. Its server arguments must say `load_format="dummy"`.
+
+    Raises:
+        ConfigError: SGLang refuses the arguments or the model.
+    """
+    import torch.distributed as dist
+    from sglang.srt.model_executor import model_runner
+    from sglang.srt.model_loader import loader
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    class _Built(BaseException):
+        """Not an error: the model stands."""
+
+    def stop(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise _Built(model)
+
+    init, new = dist.init_process_group, dist.new_group
+    dist.init_process_group = lambda *args, world_size, rank, **kwargs: init(  # type: ignore[assignment]
+        "fake", store=FakeStore(), world_size=world_size, rank=rank
+    )
+    dist.new_group = lambda ranks=None, *args, **kwargs: new(ranks, backend="fake")  # type: ignore[assignment]
+    loader.initialize_dummy_weights = stop
+    # On the CPU, SGLang adds heads until the TP size divides them: it would be another model than on a GPU.
+    model_runner.adjust_config_with_unaligned_cpu_tp = lambda model_config, *args: model_config
+    try:
+        make_scheduler(start, receiver=None, sink=None)
+    except _Built as built:
+        model: torch.nn.Module = built.args[0]
+        return model
+    raise RuntimeError("SGLang started without asking for weights")
+
+
 def _check_heads(args: Any, start: Start) -> None:
     from sglang.srt.configs.model_config import ModelConfig
 

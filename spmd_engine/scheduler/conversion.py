@@ -38,12 +38,13 @@ class Conversion:
             from transformers.core_model_loading import revert_weight_conversion
         except ImportError:  # transformers 4 keeps weights as checkpoints have them
             return dict(tensors)
-        if not tensors or self._empty_model is None:
+        if not tensors or self.empty_model is None:
             return dict(tensors)
-        return revert_weight_conversion(self._empty_model, dict(tensors))
+        return revert_weight_conversion(self.empty_model, dict(tensors))
 
     @cached_property
-    def _empty_model(self) -> Any:
+    def empty_model(self) -> Any:
+        """The transformers model without storage, or None if transformers has none for this configuration."""
         from transformers import AutoModelForCausalLM
 
         try:

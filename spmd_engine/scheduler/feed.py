@@ -43,11 +43,14 @@ from spmd_engine.requests import Increment
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.memory import MemoryKeeper
 from spmd_engine.scheduler.outputs import Outputs
+from spmd_engine.scheduler.survey import survey
 from spmd_engine.scheduler.tickets import Ticket
 from spmd_engine.scheduler.watchdog import Watchdog
 from spmd_engine.scheduler.weights import WeightsKeeper
 
 _DEPARTURE_GRACE_S = 1.0
+# Calls that all replicas which share weights make together.
+_WIDE = ("update_weights", "explain", "refused")
 # On a GPU machine, where cores are many: ranks reach an update, and finish it, within a few milliseconds.
 _SPIN_S = 0.005
 
@@ -271,7 +274,7 @@ class Feed:
     def _perform(self, call: Call) -> Any:
         """Agree on `call` with the other ranks and do it; a batch for SGLang if it is a rollout."""
         began = time.monotonic()
-        wide = tuple(call.payload["ranks"]) if call.kind in ("update_weights", "refused") and call.payload else ()
+        wide = tuple(call.payload["ranks"]) if call.kind in _WIDE and call.payload else ()
         agreement = {
             "seq": call.seq,
             "kind": call.kind,
@@ -301,12 +304,16 @@ class Feed:
             return None
         if call.kind == "generate":
             return self._generate(call)
+
+        def exchange(header: dict[str, Any], blob: bytes) -> list[Frame]:
+            return self._exchange(wide, header, blob, call)
+
+        if call.kind == "explain":
+            model = adapter.model_of(self._scheduler)
+            self._reply(call, value=survey(self._weights, model, call.payload, exchange, start=self._start))
+            return None
         if call.kind == "update_weights":
             wait_s = time.monotonic() - began
-
-            def exchange(header: dict[str, Any], blob: bytes) -> list[Frame]:
-                return self._exchange(wide, header, blob, call)
-
             flush = "kv_cache" not in self._memory.sleeping
             stats = self._weights.update(call.payload, frames, exchange, flush=flush, wait_s=wait_s)
             self.outputs.use_version(self._weights.version)

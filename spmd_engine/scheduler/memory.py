@@ -50,7 +50,8 @@ class MemoryKeeper:
         """Why a call cannot be made now; the same on all ranks that made the same calls so far."""
         if kind in ("release_memory_occupation", "resume_memory_occupation"):
             return self._order_refusal(kind, payload)
-        needs = {"generate": MEMORY_TAGS, "update_weights": ("weights",), "weight_checksums": ("weights",)}
+        of_weights = ("update_weights", "explain", "weight_checksums")
+        needs = {"generate": MEMORY_TAGS, **dict.fromkeys(of_weights, ("weights",))}
         asleep = [tag for tag in needs.get(kind, ()) if tag in self._freed]
         if asleep:
             return AsleepError(f"{_names(asleep)} released: call resume_memory_occupation({asleep}) before {kind}")

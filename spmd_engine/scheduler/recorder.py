@@ -37,7 +37,7 @@ class NeedsValuesError(Exception):
 
     def __init__(self, names: Iterable[str], what: str) -> None:
         super().__init__(what)
-        self.names = frozenset(names)
+        self.names, self.what = frozenset(names), what
 
 
 @dataclass
@@ -46,21 +46,21 @@ class Recording:
 
     Attributes:
         copies: in the order in which they were made.
-        fallback: names of weights whose loading is not a plain copy.
+        fallback: names of weights whose loading is not a plain copy, and why it is not.
         fallback_parameters: names of the parameters that such weights reach.
         is_blind: a loader asked for values, so the recording does not know which parameters it writes from them.
         constants: (address, sizes, strides) of regions that the loader filled by itself, or the fallback will.
     """
 
     copies: list[RecordedCopy] = field(default_factory=list)
-    fallback: set[str] = field(default_factory=set)
+    fallback: dict[str, str] = field(default_factory=dict)
     fallback_parameters: set[str] = field(default_factory=set)
     is_blind: bool = False
     constants: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
     def used(self) -> set[str]:
         """Names of the weights that the loader took."""
-        return {copy.weight for copy in self.copies} | self.fallback
+        return {copy.weight for copy in self.copies} | self.fallback.keys()
 
 
 class RecordingTensor(torch.Tensor):
@@ -69,14 +69,14 @@ class RecordingTensor(torch.Tensor):
     Attributes:
         meta: its shape; for a view also which elements of the weight it shows.
         origins: names of the weights that it comes from.
-        is_derived: its elements are not those of a weight.
+        derived_by: the operation that made its elements, if they are not those of a weight.
         casts: dtypes that a view was converted to, in order.
         is_relaid: a loader asked for a copy with other strides than `meta` has.
     """
 
     meta: torch.Tensor
     origins: frozenset[str]
-    is_derived: bool
+    derived_by: str
     casts: tuple[torch.dtype, ...]
     is_relaid: bool
     recorder: Recorder
@@ -88,7 +88,7 @@ class RecordingTensor(torch.Tensor):
         origins: frozenset[str],
         recorder: Recorder,
         *,
-        is_derived: bool = False,
+        derived_by: str = "",
         casts: tuple[torch.dtype, ...] = (),
         is_relaid: bool = False,
     ) -> RecordingTensor:
@@ -101,7 +101,7 @@ class RecordingTensor(torch.Tensor):
             device=recorder.device,
         )
         self.meta, self.origins, self.recorder = meta, origins, recorder
-        self.is_derived, self.casts, self.is_relaid = is_derived, casts, is_relaid
+        self.derived_by, self.casts, self.is_relaid = derived_by, casts, is_relaid
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -183,7 +183,7 @@ class Recorder:
                     self._model.load_weights(iter(left))  # type: ignore[operator]
                 return self._settled()
             except NeedsValuesError as error:
-                fallback = self.recording.fallback | error.names
+                fallback = self.recording.fallback | dict.fromkeys(error.names, error.what)
                 kept = [(name, tensor) for name, tensor in left if not tensor.origins & error.names]
                 if len(kept) == len(left):
                     raise PlanError(f"cannot record how {sorted(error.names)} are loaded: {error}") from error
@@ -229,9 +229,9 @@ class Recorder:
             return target
         if func._schema.is_mutable:
             # A weight changed in place, or a parameter changed by something else than a copy.
-            self._fall_back(target, origins)
+            self._fall_back(target, origins, f"its loader applies {_name(func)} in place")
             return target
-        if func in _RELAYOUTS and isinstance(target, RecordingTensor) and not target.is_derived:
+        if func in _RELAYOUTS and isinstance(target, RecordingTensor) and not target.derived_by:
             dtype = kwargs.get("dtype") or target.dtype
             if dtype in DTYPE_NAMES:
                 casts = target.casts if dtype == target.dtype else (*target.casts, dtype)
@@ -248,20 +248,21 @@ class Recorder:
         except (RuntimeError, NotImplementedError) as error:
             if _is_shape_error(error) and not any(x.is_relaid for x in inputs):
                 raise
-            raise NeedsValuesError(origins, f"{func} needs values: {error}") from error
-        only = inputs[0] if len(inputs) == 1 and not inputs[0].is_derived else None
+            raise NeedsValuesError(origins, f"its loader looks at values ({_name(func)})") from error
+        only = inputs[0] if len(inputs) == 1 and not inputs[0].derived_by else None
 
         def wrap(x: torch.Tensor) -> RecordingTensor:
             if only is not None and _same_storage(x, only.meta) and x.dtype == only.meta.dtype:
                 return RecordingTensor(x, origins, self, casts=only.casts, is_relaid=only.is_relaid)
-            return RecordingTensor(x, origins, self, is_derived=True)
+            return RecordingTensor(x, origins, self, derived_by=_name(func))
 
         if isinstance(result, torch.Tensor):
             return wrap(result)
         return tree_map_only(torch.Tensor, wrap, result)
 
-    def _fall_back(self, destination: Any, origins: frozenset[str]) -> None:
-        self.recording.fallback |= origins
+    def _fall_back(self, destination: Any, origins: frozenset[str], why: str) -> None:
+        for name in sorted(origins):
+            self.recording.fallback.setdefault(name, why)
         if not isinstance(destination, torch.Tensor) or isinstance(destination, RecordingTensor):
             return
         parameter = self.parameter_at(destination)
@@ -276,20 +277,22 @@ class Recorder:
         return isinstance(tensor, torch.Tensor) and any(_same_storage(tensor, stale) for stale in self._stale)
 
     def _copy(self, destination: torch.Tensor, source: RecordingTensor) -> None:
+        if not destination.numel() and not source.numel():
+            return  # the last ranks of a padded vocabulary may get no row at all
         parameter = self.parameter_at(destination)
         # A widening to float32 keeps all values; a narrowing to what the parameter has is what the copy itself does.
-        plain = (
-            parameter is not None
-            and not source.is_derived
-            and destination.dtype in DTYPE_NAMES
-            and all(cast in (destination.dtype, torch.float32) for cast in source.casts)
-        )
-        if plain and source.shape != destination.shape and source.numel() != destination.numel():
-            plain = False  # a broadcast
-        if not plain:
-            self._fall_back(destination, source.origins)
-            return
-        if not destination.numel():
+        casts = [str(cast) for cast in source.casts if cast not in (destination.dtype, torch.float32)]
+        why = ""
+        if source.derived_by:
+            why = f"its loader computes with it ({source.derived_by})"
+        elif parameter is None:
+            why = "its loader copies it to somewhere else than a parameter"
+        elif destination.dtype not in DTYPE_NAMES or casts:
+            why = f"its loader converts it to {', '.join(casts) or destination.dtype}"
+        elif source.numel() != destination.numel():
+            why = "its loader repeats it"
+        if why:
+            self._fall_back(destination, source.origins, why)
             return
         (weight,) = source.origins
         view = source.meta.view(destination.shape) if source.shape != destination.shape else source.meta
@@ -334,6 +337,10 @@ def all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _region(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def _name(func: Any) -> str:
+    return str(func.overloadpacket.__name__)
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

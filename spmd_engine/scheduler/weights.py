@@ -22,7 +22,7 @@ from spmd_engine.fd_passing import DescriptorServer, PassingError
 from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.layout import SourceLayout, Weight, contiguous_strides
 from spmd_engine.links import Frame
-from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan
+from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan, numbered
 from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
@@ -67,6 +67,7 @@ class WeightsKeeper:
     Attributes:
         version: number of the last update that was committed.
         device: of the parameters.
+        conversion: of the trainer's names and shapes to those that the model's loader knows.
         is_inspected: whether all plans are known to fit the parameters that SGLang has now.
     """
 
@@ -88,7 +89,7 @@ class WeightsKeeper:
         if start.is_restart:
             self._broken = "the engine was restarted with the weights of its checkpoint: call update_weights first"
         self._are_lost = False  # the parameters' contents, constants included
-        self._conversion = Conversion(adapter.hf_config_of(scheduler))
+        self.conversion = Conversion(adapter.hf_config_of(scheduler))
 
     def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:
         """Take the file descriptors of this rank's memory from the trainer, and offer them until `withdraw`."""
@@ -174,7 +175,7 @@ class WeightsKeeper:
         """
         ranks, key = tuple(payload["ranks"]), payload["key"]
         self._take_places(ranks, frames)
-        nodes = _numbered({rank: str(state["node"]) for rank, (state, _) in zip(ranks, frames, strict=True)})
+        nodes = numbered({rank: str(state["node"]) for rank, (state, _) in zip(ranks, frames, strict=True)})
         situation: Situation = tuple((nodes[rank], self._memories[rank].is_cpu) for rank in ranks)
         # What any rank needs, all do: each step ends in an exchange that all must reach.
         if any(state["is_new"] for state, _ in frames):
@@ -190,16 +191,16 @@ class WeightsKeeper:
 
         copying = time.monotonic()
         verify, done = bool(payload["verify"]), list[tuple[float, int | None]]()
-        error = self._attempt(lambda: self._begin(prepared, flush=flush))
+        error = self.attempt(lambda: self._begin(prepared, flush=flush))
         wrong, is_over = 0, False
         if prepared.staged is not None:
 
             def agree(failure: Failure) -> bool:
                 return any(state["error"] is not None for state, _ in exchange({"error": failure}, b""))
 
-            error, is_over, wrong = prepared.staged.run(agree, self._attempt, error, verify=verify)
+            error, is_over, wrong = prepared.staged.run(agree, self.attempt, error, verify=verify)
         if error is None and not is_over:
-            error = self._attempt(lambda: done.append(self._end(prepared, verify=verify)))
+            error = self.attempt(lambda: done.append(self._end(prepared, verify=verify)))
         copied = time.monotonic()
         self.is_inspected = False
         tried = max(state["version"] for state, _ in frames) + 1  # a death at a commit may have left ranks behind
@@ -247,7 +248,7 @@ class WeightsKeeper:
             if prepared.staged is not None:
                 prepared.staged.bind(memories)
 
-        _raise_first(exchange({"error": self._attempt(bind)}, b""), ranks)
+        raise_first(exchange({"error": self.attempt(bind)}, b""), ranks)
         prepared.is_bound = True
 
     def _forget(self, key: str) -> None:
@@ -261,12 +262,12 @@ class WeightsKeeper:
         """Record and plan on all ranks; none keeps a plan that another could not make."""
         made: list[tuple[_Prepared, TransferPlan]] = []
         memories = {rank: self._memories[rank] for rank in ranks}
-        error = self._attempt(lambda: made.append(self._prepare(key, memories, nodes)))
+        error = self.attempt(lambda: made.append(self._prepare(key, memories, nodes)))
         used = made[0][0].used if made else {}
         frames = exchange({"error": error}, json.dumps(used).encode())
-        _raise_first(frames, ranks)
+        raise_first(frames, ranks)
         layout, optional = self._layouts[key]
-        _check_all_used(layout, optional, [json.loads(blob) for _, blob in frames])
+        check_all_used(layout, optional, [json.loads(blob) for _, blob in frames])
         prepared, rest = made[0]
         # The same on all ranks: whether any of them has something that it cannot read in place.
         if any(transfer.unreachable(memories, nodes, rank, self.device) for rank in ranks):
@@ -281,10 +282,8 @@ class WeightsKeeper:
         model = adapter.model_of(self._scheduler)
         staged = transfer.unreachable(memories, nodes, self._rank, self.device)
         began = time.monotonic()
-        recording, converted = _record(model, layout, self._conversion)
-        fallback = recording.fallback | _cover(model, recording)
-        copies = [c for c in coverage.last_of_duplicates(recording.copies) if c.weight not in fallback]
-        recorded = time.monotonic()
+        copies, fallback, converted, has_constants = recorded(model, layout, self.conversion)
+        planning = time.monotonic()
         by_name = {weight.name: weight for weight in layout.weights}
         buffers = {
             name: torch.empty(by_name[name].shape, dtype=DTYPES[by_name[name].dtype], device=self.device)
@@ -300,9 +299,9 @@ class WeightsKeeper:
             buffers=buffers,
             converted=converted & frozenset(fallback),
             used=used,
-            record_s=recorded - began,
-            plan_s=time.monotonic() - recorded,
-            has_constants=bool(recording.constants),
+            record_s=planning - began,
+            plan_s=time.monotonic() - planning,
+            has_constants=has_constants,
             target=Probe(model, model.parameters()),
             transfer=transfer.prepare(plan, rank=self._rank, device=self.device, handles=self._handles),
             staged=None,
@@ -350,11 +349,11 @@ class WeightsKeeper:
                 )
             made[0].accept(dict(zip(ranks, offered, strict=True)), self._networks.get(ranks))
 
-        error = self._attempt(make)
+        error = self.attempt(make)
         header, blob = offers[0] if error is None else ({}, b"")
         offered = exchange({"error": error, **header}, blob)
-        _raise_first(offered, ranks)
-        _raise_first(exchange({"error": self._attempt(connect)}, b""), ranks)
+        raise_first(offered, ranks)
+        raise_first(exchange({"error": self.attempt(connect)}, b""), ranks)
         return made[0]
 
     # ---- the copy and after ----
@@ -363,7 +362,7 @@ class WeightsKeeper:
         """Begin to copy what is read in place."""
         if self._are_lost and prepared.has_constants:
             # A recording writes the loader's own constants.
-            _record(adapter.model_of(self._scheduler), prepared.layout, self._conversion)
+            _record(adapter.model_of(self._scheduler), prepared.layout, self.conversion)
         prepared.transfer.start()
         if flush:
             adapter.flush_cache(self._scheduler)  # while a GPU copies; it names tokens by the old weights
@@ -378,12 +377,12 @@ class WeightsKeeper:
             direct = {n: t for n, t in prepared.buffers.items() if n not in prepared.converted}
             turned = {n: t for n, t in prepared.buffers.items() if n in prepared.converted}
             with torch.no_grad():
-                model.load_weights(iter({**direct, **self._conversion.to_checkpoint(turned)}.items()))  # type: ignore[operator]
+                model.load_weights(iter({**direct, **self.conversion.to_checkpoint(turned)}.items()))  # type: ignore[operator]
         adapter.refresh_derived(model)
         prepared.transfer.wait()
         return device_s, wrong
 
-    def _attempt(self, action: Callable[[], object]) -> Failure:
+    def attempt(self, action: Callable[[], object]) -> Failure:
         """Run `action`; its failure as [kind, message], for all ranks to hear before any of them raises."""
         try:
             action()
@@ -396,7 +395,7 @@ class WeightsKeeper:
 
     def _finish(self, frames: list[Frame], ranks: tuple[int, ...], tried: int) -> None:
         try:
-            _raise_first(frames, ranks)
+            raise_first(frames, ranks)
         except SpmdEngineError as error:
             self._broken = (
                 f"weight version {tried} failed half-way on some rank, so the weights are a mixture: {error}. "
@@ -405,6 +404,27 @@ class WeightsKeeper:
             raise
         self._broken, self._are_lost = None, False
         self.version = tried
+
+
+def recorded(
+    model: torch.nn.Module,
+    layout: SourceLayout,
+    conversion: Conversion,
+    covers: Callable[[str], bool] = lambda parameter: True,
+) -> tuple[list[RecordedCopy], dict[str, str], frozenset[str], bool]:
+    """What fills the model's parameters from a layout: the copies, the weights that take the model's own loader instead
+    and why, those that the loader knows under other names, and whether it fills some elements by itself.
+
+    Args:
+        covers: which parameters must be filled; all, except where the layout is a part of a trainer's.
+
+    Raises:
+        PlanError: a parameter that no weight of the source reaches, or only in part.
+    """
+    recording, converted = _record(model, layout, conversion)
+    fallback = _cover(model, recording, covers) | recording.fallback
+    copies = [copy for copy in coverage.last_of_duplicates(recording.copies) if copy.weight not in fallback]
+    return copies, fallback, converted, bool(recording.constants)
 
 
 def _record(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion) -> tuple[Recording, frozenset[str]]:
@@ -438,8 +458,8 @@ def _record(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion
     )
 
 
-def _cover(model: torch.nn.Module, recording: Recording) -> set[str]:
-    """Weights to send through the fallback, so that every element of every parameter is written exactly once.
+def _cover(model: torch.nn.Module, recording: Recording, covers: Callable[[str], bool]) -> dict[str, str]:
+    """Weights to send through the fallback, and why, so that every element of every parameter is written exactly once.
 
     Raises:
         PlanError: a parameter that no weight of the source reaches, or only in part.
@@ -449,7 +469,7 @@ def _cover(model: torch.nn.Module, recording: Recording) -> set[str]:
     for copy in recording.copies:
         regions.setdefault(copy.parameter, []).append(coverage.region_of(copy))
         touching.setdefault(copy.parameter, set()).add(copy.weight)
-    fallback: set[str] = set()
+    fallback: dict[str, str] = {}
     missing: list[str] = []
     seen: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -465,10 +485,11 @@ def _cover(model: torch.nn.Module, recording: Recording) -> set[str]:
             else None
         )
         if left is None and name in touching:
-            fallback |= touching[name]
+            why = f"what is copied to {name} overlaps, or has no boxes for parts"
+            fallback |= dict.fromkeys(sorted(touching[name]), why)
         elif left is None and name in recording.fallback_parameters:
             continue  # written by the model's own loader, in a way that no boxes describe
-        elif left != 0 and not (recording.is_blind and name not in touching):
+        elif left != 0 and covers(name) and not (recording.is_blind and name not in touching):
             part = "" if name not in touching else f"{left} of the {parameter.numel()} elements of "
             missing.append(f"{part}{name} {list(parameter.shape)}")
     if missing:
@@ -494,7 +515,7 @@ def _whole(weight: Weight, buffer: torch.Tensor) -> RecordedCopy:
     )
 
 
-def _check_all_used(layout: SourceLayout, optional: frozenset[str], used: list[dict[str, list[int]]]) -> None:
+def check_all_used(layout: SourceLayout, optional: frozenset[str], used: list[dict[str, list[int]]]) -> None:
     """Refuse weights that no rank reads, or reads only in part: engine and trainer have different models."""
     for weight in layout.weights:
         ranges = [ranks[weight.name] for ranks in used if weight.name in ranks]
@@ -513,13 +534,7 @@ def _check_all_used(layout: SourceLayout, optional: frozenset[str], used: list[d
             )
 
 
-def _numbered(nodes: Mapping[int, str]) -> dict[int, int]:
-    """The nodes of ranks as numbers, the same on all ranks."""
-    order = list(dict.fromkeys(nodes.values()))
-    return {rank: order.index(node) for rank, node in nodes.items()}
-
-
-def _raise_first(frames: list[Frame], ranks: tuple[int, ...]) -> None:
+def raise_first(frames: list[Frame], ranks: tuple[int, ...]) -> None:
     for rank, (header, _) in zip(ranks, frames, strict=True):
         if header["error"] is not None:
             kind, message = header["error"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from integration.jobs import run_job
+from spmd_engine import LinkSpeeds
+from spmd_engine.on_paper import Cluster, plan_on_paper
 
 # name, TP, world; tokens are not compared where SGLang's plain CPU attention cannot run the model (MLA).
 LAYOUTS = [(1, 2), (2, 2), (2, 4)]
@@ -45,12 +47,25 @@ def test_other_architectures(tmp_path, checkpoint, reference, name):
     # Gemma's loader adds one to every norm: those weights take the model's own loader, and no others do.
     norms = [name for name in values[0]["fallback"] if "norm" in name]
     assert values[0]["fallback"] == norms and bool(norms) == (name == "gemma")
+    if name == "deepseek_v2":
+        assert plan_on_paper(checkpoint(name, 1), Cluster(fsdp=2, tp=2)).to_dict() == values[0]["report"]
 
 
 def test_expert_parallelism_reads_no_expert_of_another_rank(tmp_path, checkpoint):
     # Weights only: SGLang's experts on the plain CPU cannot run with expert parallelism.
     path, other = checkpoint("qwen3_moe", 1), checkpoint("qwen3_moe", 2)
-    run_job("weights.expert_parallel", 2, tmp_path, path=path, other=other)
+    values = run_job("weights.expert_parallel", 2, tmp_path, path=path, other=other).values
+    assert plan_on_paper(path, Cluster(fsdp=2, tp=2, ep=2)).to_dict() == values[0]
+
+
+@pytest.mark.one_version
+def test_a_report_says_what_an_update_moves(tmp_path, checkpoint):
+    values = run_job("weights.explain", 4, tmp_path, path=checkpoint("gemma", 1)).values
+    assert all(value == values[0] for value in values)
+    assert values[0]["floor_s"] == values[0]["floors_s"]["nvlink"] and len(values[0]["matrix"]) == 4
+    assert set(values[0]["fallback"].values()) == {"its loader applies add_ in place"}
+    speeds = LinkSpeeds(nvlink=1e6)
+    assert plan_on_paper(checkpoint("gemma", 1), Cluster(fsdp=4, tp=2), speeds=speeds).to_dict() == values[0]
 
 
 def test_a_plain_module_moves_no_byte_between_ranks(tmp_path, checkpoint, reference):

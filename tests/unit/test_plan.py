@@ -7,15 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sharding import CASES, DTYPES, layouts, random_weight, scatter
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from spmd_engine import _native
 from spmd_engine.errors import PlanError
 from spmd_engine.layout import (
     ITEM_SIZE,
-    FlatShard,
     Mesh,
     Replicate,
     Shard,
@@ -31,51 +31,6 @@ from spmd_engine.layout import (
 )
 from spmd_engine.plan import RecordedCopy, build_plan
 
-CASES = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@st.composite
-def layouts(draw):
-    """A weight, and a mesh of ranks that shares it by random placements."""
-    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
-    mesh_shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2)))
-    ranks = tuple(draw(st.permutations(range(math.prod(mesh_shape)))))
-    if draw(st.integers(0, 3)):
-        dims = st.integers(0, len(shape) - 1)
-        kinds = st.one_of(st.just(Replicate()), st.builds(Shard, dims), st.builds(StridedShard, dims))
-        placements = tuple(draw(kinds) for _ in mesh_shape)
-    else:
-        offset, rest = draw(st.integers(0, 20)), draw(st.integers(0, 20))
-        cut = draw(st.integers(0, len(mesh_shape) - 1))
-        chunk = -(-(offset + math.prod(shape) + rest) // mesh_shape[cut])
-        placements = tuple(FlatShard(offset, chunk) if d == cut else Replicate() for d in range(len(mesh_shape)))
-    dtype = draw(st.sampled_from(list(DTYPES)))
-    weight = Weight("w", shape, dtype, 0, placements)
-    return SourceLayout((weight,), (Mesh(mesh_shape, ranks),))
-
-
-def scatter(layout: SourceLayout, full: torch.Tensor) -> dict[int, torch.Tensor]:
-    """The shard of every rank, as torch would cut it."""
-    mesh, placements = layout.meshes[0], layout.weights[0].placements
-    shards = {}
-    for number, rank in enumerate(mesh.ranks):
-        shard = full
-        cuts = list(zip(placements, mesh.shape, np.unravel_index(number, mesh.shape), strict=True))
-        # FSDP2 cuts what tensor parallelism has left: its mesh dimensions come first and its cuts last.
-        strided = [cut for cut in cuts if isinstance(cut[0], StridedShard)]
-        for placement, extent, index in [cut for cut in cuts if cut not in strided] + strided[::-1]:
-            if isinstance(placement, (Shard, StridedShard)):
-                chunks = shard.chunk(extent, placement.dim)
-                shard = chunks[index] if index < len(chunks) else shard.narrow(placement.dim, 0, 0)
-            elif isinstance(placement, FlatShard):
-                numbers = torch.full((extent * placement.chunk,), -1)
-                numbers[placement.offset :][: full.numel()] = torch.arange(full.numel())
-                held = numbers.chunk(extent)[index]
-                shard = full.flatten()[held[held >= 0]]
-        shards[rank] = shard.contiguous()
-    return shards
-
 
 def run(layout, copies, shards, rank) -> int:
     """Plan and copy for `rank`; the number of bytes read."""
@@ -85,11 +40,6 @@ def run(layout, copies, shards, rank) -> int:
     assert _native.copy_cpu(table, pids=[0]).bytes_read == plan.local_bytes + plan.remote_bytes
     assert _native.compare_cpu(table, pids=[0]).wrong_elements == 0
     return plan.local_bytes + plan.remote_bytes
-
-
-def random_weight(layout: SourceLayout, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(layout.weights[0].shape, generator=generator).to(DTYPES[layout.weights[0].dtype])
 
 
 def view_of(draw, full: torch.Tensor) -> torch.Tensor:

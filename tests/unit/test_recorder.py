@@ -90,6 +90,11 @@ def test_interleaved_rows_and_contiguous_copies():
     check(load, (4, 3), a=randn(4, 3))
 
 
+def test_a_rank_that_gets_no_rows_of_a_padded_vocabulary():
+    recording = check(lambda p, n, w: p.data[: len(w[8:])].copy_(w[8:]), (4, 3), a=randn(6, 3))
+    assert recording.copies == []
+
+
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.bfloat16])
 def test_casts(source, target):
@@ -116,20 +121,20 @@ def test_padding_is_a_constant():
 
 
 @pytest.mark.parametrize(
-    "load",
+    ("load", "why"),
     [
-        lambda p, n, w: p.data.copy_(w + 1),
-        lambda p, n, w: p.data.copy_(w.mul_(2)),
-        lambda p, n, w: p.data.copy_(torch.cat([w[:2], w[2:]])),
-        lambda p, n, w: p.data.add_(w),
-        lambda p, n, w: p.data.copy_(w.half().to(p.dtype)),
-        lambda p, n, w: p.data.copy_(w[:1]),  # a broadcast
+        (lambda p, n, w: p.data.copy_(w + 1), "its loader computes with it (add)"),
+        (lambda p, n, w: p.data.copy_(w.mul_(2)), "its loader applies mul_ in place"),
+        (lambda p, n, w: p.data.copy_(torch.cat([w[:2], w[2:]])), "its loader computes with it (cat)"),
+        (lambda p, n, w: p.data.add_(w), "its loader applies add_ in place"),
+        (lambda p, n, w: p.data.copy_(w.half().to(p.dtype)), "its loader converts it to torch.float16"),
+        (lambda p, n, w: p.data.copy_(w[:1]), "its loader repeats it"),
     ],
 )
-def test_arithmetic_goes_through_the_fallback_and_leaves_parameters_alone(load):
+def test_arithmetic_goes_through_the_fallback_and_leaves_parameters_alone(load, why):
     model = Toy((4, 4), load)
     _, recording = record(model, {"a": randn(4, 4)})
-    assert recording.fallback == {"a"} and recording.fallback_parameters == {"p"}
+    assert recording.fallback == {"a": why} and recording.fallback_parameters == {"p"}
     assert not model.p.any()
 
 
@@ -141,7 +146,8 @@ def test_a_temporary_that_was_never_filled_is_not_written_into_a_parameter():
 
     model = Toy((4, 4), load)
     _, recording = record(model, {"a": randn(4, 4)})
-    assert recording.fallback == {"a"} and recording.fallback_parameters == {"p"}
+    assert recording.fallback == {"a": "its loader copies it to somewhere else than a parameter"}
+    assert recording.fallback_parameters == {"p"}
     assert not model.p.any()
 
 
@@ -158,7 +164,7 @@ def test_a_loader_that_needs_values_takes_only_that_weight_out():
             p.data[1:].copy_(w)
 
     _, recording = record(Toy((4, 4), load), {"scale": randn(1), "a": randn(3, 4)})
-    assert recording.fallback == {"scale"} and recording.is_blind
+    assert recording.fallback == {"scale": "its loader looks at values (_local_scalar_dense)"} and recording.is_blind
     assert [copy.weight for copy in recording.copies] == ["a"]
 
 

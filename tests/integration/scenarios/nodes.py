@@ -24,6 +24,7 @@ def update(context: Any, path: str, tp: int, config: dict[str, Any]) -> dict[str
     """Start from other weights, and move shards in that are spread over both nodes."""
     with context.engine(path, tp) as engine:
         model = shard(models.make_model("qwen2", seed=2, **config), context.world)
+        report = engine.explain(model)
         first = engine.update_weights(model, verify=True)
         assert first.planned and first.wrong_elements == 0
         again = engine.update_weights(model, verify=True)
@@ -32,6 +33,7 @@ def update(context: Any, path: str, tp: int, config: dict[str, Any]) -> dict[str
         return {
             "checksums": engine.weight_checksums(),
             "tokens": greedy(engine),
+            "explained": report.network.sum(axis=1).tolist(),
             "network_bytes": again.network_bytes,
             "staged_bytes": again.staged_bytes,
             "model_bytes": sum(p.nbytes for p in model.parameters()),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from integration.scenarios.common import GREEDY, PROMPTS, greedy, shard
-from spmd_engine import errors
+from spmd_engine import LinkSpeeds, UpdateStats, errors
 
 
 def unmapped_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -39,8 +39,11 @@ def update(context: Any, name: str, path: str, tp: int, generates: bool, replica
         model = models.make_model(name, seed=2)
         if not replicate:
             shard(model, context.world)
+        report = engine.explain(model)
         first = engine.update_weights(model, verify=True)
         assert first.planned and first.wrong_elements == 0
+        expected = {"local": first.local_bytes, "nvlink": first.remote_bytes, "staged": 0, "network": 0}
+        assert report.bytes_of(context.rank) == expected and tuple(report.fallback) == first.fallback_weights
         assert engine.weight_version == first.weight_version == 1
         second = engine.update_weights(model, verify=True)
         assert not second.planned and second.record_s == 0 and second.wrong_elements == 0
@@ -54,19 +57,66 @@ def update(context: Any, name: str, path: str, tp: int, generates: bool, replica
             "local": first.local_bytes,
             "remote": first.remote_bytes,
             "fallback": first.fallback_weights,
+            "report": report.to_dict(),
         }
 
 
-def expert_parallel(context: Any, path: str, other: str) -> None:
+def expert_parallel(context: Any, path: str, other: str) -> dict[str, Any]:
     """An engine whose ranks hold whole experts, as the trainer's `Shard(0)` of fused experts does."""
     with context.engine(path, context.world, ep_size=context.world) as engine:
         model = shard(models.make_model("qwen3_moe", seed=2), context.world)
+        report = engine.explain(model)
         stats = engine.update_weights(model, verify=True)
         assert stats.wrong_elements == 0 and stats.fallback_weights == ()
+        assert report.bytes_of(context.rank)["local"] == stats.local_bytes
         assert stats.remote_bytes * 20 < stats.local_bytes  # with TP alone, half of each expert would cross
         moved = engine.weight_checksums()
     with context.engine(other, context.world, ep_size=context.world) as engine:
         assert engine.weight_checksums() == moved
+    return report.to_dict()
+
+
+def explain(context: Any, path: str) -> dict[str, Any]:
+    """A report says what an update will move, and leaves the engine as it is. Two replicas over one FSDP world."""
+    with context.engine(path, 2, enable_memory_saver=True) as engine:
+        start, tokens = engine.weight_checksums(), greedy(engine)
+        model = shard(models.make_model("gemma", seed=2), context.world)
+        report = engine.explain(model, speeds=LinkSpeeds(nvlink=1e6))
+        assert engine.weight_checksums() == start and greedy(engine) == tokens
+        assert engine.stats().updates == engine.weight_version == 0
+
+        def as_moved() -> UpdateStats:
+            stats = engine.update_weights(model, verify=True)
+            expected = {"local": stats.local_bytes, "nvlink": stats.remote_bytes, "staged": 0, "network": 0}
+            assert report.bytes_of(context.rank) == expected and stats.wrong_elements == 0
+            assert tuple(report.fallback) == stats.fallback_weights != ()
+            return stats
+
+        assert as_moved().planned
+        moved = engine.weight_checksums()
+        assert moved != start
+        assert engine.explain(model, speeds=report.speeds).to_dict() == report.to_dict()
+        assert engine.weight_checksums() == moved
+        assert not as_moved().planned
+
+        weights = {name: tensor.detach() for name, tensor in models.make_model("gemma", seed=2).state_dict().items()}
+        whole = engine.explain(weights)
+        assert whole.bytes["nvlink"] == 0 and whole.bytes["local"] == sum(report.bytes.values()) // 2
+        norm = "model.norm.weight"
+        for source, match in (
+            ({k: v for k, v in weights.items() if k != norm}, r"no weight for model\.norm\.weight"),
+            ({**weights, "model.extra.weight": torch.zeros(4)}, r"weight .?model\.extra\.weight"),
+            ({**weights, norm: weights[norm].to(torch.int8)}, "norm.weight' is torch.int8"),
+        ):
+            with pytest.raises(errors.PlanError, match=match):
+                engine.explain(source)
+        mine = weights if context.rank % 2 == 0 else {k: v.float() for k, v in weights.items()}
+        with pytest.raises(errors.CollectiveMismatchError, match="different calls"):
+            engine.explain(mine)
+        engine.release_memory_occupation(["weights"])
+        with pytest.raises(errors.AsleepError, match="before explain"):
+            engine.explain(model)
+        return report.to_dict()
 
 
 def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
