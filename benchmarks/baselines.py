@@ -266,7 +266,7 @@ def _environment_for_engine(*, on_cpu: bool, tp_size: int, scratch: Path) -> Ite
     """Start `sglang.Engine` as if no launcher had started this process; its children inherit the environment."""
     kept = dict(os.environ)
     gpus = kept.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    made = child_environment(kept, on_cpu=on_cpu, tp_size=tp_size, loopback=True, scratch=str(scratch), gpus=gpus)
+    made = child_environment(kept, on_cpu=on_cpu, tp_size=tp_size, interface="lo", scratch=str(scratch), gpus=gpus)
     del made["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"]  # stock SGLang broadcasts requests: leave that as it is
     os.environ.clear()
     os.environ.update(made)

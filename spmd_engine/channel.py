@@ -52,6 +52,9 @@ class LinkAddress:
 class Start:
     """First message to a scheduler process.
 
+    SGLang's processes find one another through a store at `link.host` and `store_port`. The first of them serves it on
+    `store_fd`, a listening socket that is bound already; -1 elsewhere.
+
     The weights of an engine that starts anew (`is_restart`) are not those that the trainer's `weight_version` names.
     """
 
@@ -62,7 +65,8 @@ class Start:
     model_path: str
     server_args: dict[str, Any]
     random_seed: int
-    dist_port: int
+    store_port: int
+    store_fd: int
     gpu_id: int
     on_cpu: bool
     trainer_pid: int

@@ -63,7 +63,8 @@ def make_server_args(start: Start) -> Any:
         model_path=start.model_path,
         tp_size=len(start.link.ranks),
         random_seed=start.random_seed,
-        nccl_port=start.dist_port,
+        host=start.link.host,
+        nccl_port=start.store_port,
         watchdog_timeout=_NEVER_S,
     )
     try:
@@ -125,7 +126,7 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
 
     names = dict.fromkeys(inspect.signature(PortArgs).parameters, "")
     optional = {"tokenizer_worker_ipc_name": None, "decoupled_spec_ipc_config": None}
-    ports = PortArgs(**{**names, **{k: v for k, v in optional.items() if k in names}, "nccl_port": start.dist_port})
+    ports = PortArgs(**{**names, **{k: v for k, v in optional.items() if k in names}, "nccl_port": start.store_port})
     ranks = {"tp_rank": start.tp_rank, "pp_rank": 0, "dp_rank": None, "gpu_id": start.gpu_id}
     by_publish = "tp_rank" not in inspect.signature(module.Scheduler.__init__).parameters
     if by_publish:
@@ -142,20 +143,39 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
     # watchdog could tell the peers why this process ends.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
     _check_heads(args, start)
+    store = _serve_store(start)
     try:
         scheduler = RankLocalScheduler(args, ports, **({} if by_publish else ranks))
         if start.on_cpu and start.server_args.get("enable_memory_saver"):
             _use_cpu_memory_saver(scheduler, keeps_weights=bool(start.server_args.get("enable_weights_cpu_backup")))
+        del store  # the process group has it now
         return scheduler
     except SpmdEngineError:
         raise
     except _START_ERRORS as error:
-        if isinstance(error, OSError) and "in use" in str(error):
-            raise
         logger.exception("SGLang did not start")
         raise ConfigError(
             f"SGLang cannot start {start.model_path!r} with TP {len(start.link.ranks)}: {type(error).__name__}: {error}"
         ) from error
+
+
+def _serve_store(start: Start) -> torch.distributed.TCPStore | None:
+    """On the first rank, the store where SGLang's process group will meet, on the socket that was bound for it.
+
+    SGLang would let torch open one, which listens on all interfaces, at a port that may be taken by then. In the
+    process of a `multi_tenant` store torch opens no second one at the same port, but shares it while it is referred to.
+    """
+    if start.store_fd < 0:
+        return None
+    return torch.distributed.TCPStore(
+        host_name=start.link.host,
+        port=start.store_port,
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=start.store_fd,
+        use_libuv=True,
+    )
 
 
 def _check_heads(args: Any, start: Start) -> None:
