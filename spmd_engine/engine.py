@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spmd_engine import requests as req
 from spmd_engine.caller import Caller
-from spmd_engine.channel import Coming, Ready
+from spmd_engine.channel import Coming
 from spmd_engine.errors import MEMORY_TAGS, MemoryOccupationError
 from spmd_engine.startup import Startup, mesh_ranks
 from spmd_engine.stats import EngineStats, UpdateStats
@@ -88,7 +88,7 @@ class SpmdEngine:
         self._spin_s = 0.0 if startup.on_cpu else _SPIN_S
         self._caller = Caller(rank, self._process, startup.rendezvous, self._timeout_s)
         self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s)
-        self._caller.receive(lambda message: isinstance(message, Ready), self._timeout_s, "start")
+        self._caller.await_ready()
         logger.info("rank %d: scheduler process %d serves %s", rank, self._process.pid, self._model_path)
 
     # ---- facts ----
@@ -317,6 +317,7 @@ class SpmdEngine:
         Raises:
             All that making a SpmdEngine raises; it may be tried again.
         """
+        self._caller.check_owner()
         self._caller.stop()
         self._start(is_restart=True)
 

@@ -211,6 +211,12 @@ class SchedulerProcess:
         except subprocess.TimeoutExpired:
             return None
 
+    def is_stopped(self) -> bool:
+        """Whether the process is stopped, by SIGSTOP or a debugger."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+        return False
+
     def log_tail(self) -> str:
         """The end of the log."""
         with contextlib.suppress(OSError, ValueError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import signal
 import socket
 import sys
 import time
 import traceback
+from typing import Any
 
 from spmd_engine.channel import PROTOCOL, Channel, Ready, Start
 from spmd_engine.errors import ErrorReport, SpmdEngineError
@@ -18,7 +20,18 @@ from spmd_engine.scheduler.watchdog import Watchdog
 _CAUSE_GRACE_S = 2.0
 
 
+class _LossyFile(io.FileIO):
+    """A log whose writer goes on when the disk is full: what cannot be written is lost."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def main() -> None:
+    sys.stdout, sys.stderr = (io.TextIOWrapper(_LossyFile(fd, "w", closefd=False), write_through=True) for fd in (1, 2))  # type: ignore[type-var]
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
     channel = Channel(sock)

@@ -199,23 +199,6 @@ def kill_trainer(context: Any, path: str) -> dict[str, Any]:
     return {}
 
 
-def late_rank(context: Any, path: str) -> dict[str, Any]:
-    """A rank that never comes is a typed error after `timeout_s`, not a hang."""
-    engine = context.engine(path, context.world, timeout_s=30.0)
-    greedy(engine)
-    engine._caller.timeout_s = 2.0
-    if context.rank == 0:
-        began = time.monotonic()
-        with pytest.raises(errors.CollectiveTimeoutError, match="rank 1"):
-            greedy(engine)
-        assert time.monotonic() - began < 10.0
-    else:
-        time.sleep(4.0)
-        with pytest.raises(errors.CollectiveTimeoutError, match="rank 1"):
-            greedy(engine)
-    return {}
-
-
 def peer_shuts_down(context: Any, path: str) -> dict[str, Any]:
     """A rank that leaves tells the others."""
     engine = context.engine(path, context.world)

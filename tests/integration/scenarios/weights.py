@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import signal
 from typing import Any
 
 import models
 import pytest
 import torch
 
-from integration.scenarios.common import GREEDY, PROMPTS, greedy, shard
+from integration.scenarios import failures
+from integration.scenarios.common import greedy, shard
 from spmd_engine import errors
 
 
@@ -157,14 +157,5 @@ def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
         assert engine.weight_checksums() == expected
 
         # Ctrl-C in the middle ends the engine rather than leaving half a message behind.
-        def interrupt(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with pytest.raises((KeyboardInterrupt, errors.SchedulerDiedError, errors.EngineClosedError)):
-            engine.generate(input_ids=PROMPTS, sampling_params={**GREEDY, "max_new_tokens": 200})
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        with pytest.raises((errors.EngineClosedError, errors.SchedulerDiedError)):
-            engine.generate(input_ids=PROMPTS)
+        failures.interrupted(context, engine, lambda: failures.long_rollout(engine))
         return {}
