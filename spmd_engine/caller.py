@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import threading
 import time
@@ -9,11 +11,14 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from spmd_engine.channel import Call, ChannelTimeout, Failed, Ready, Reply
+from spmd_engine import tracing
+from spmd_engine.channel import Call, ChannelTimeout, Failed, Phase, Ready, Reply
 from spmd_engine.digest import digest
 from spmd_engine.errors import CollectiveTimeoutError, EngineClosedError, SchedulerDiedError, SpmdEngineError
 from spmd_engine.process import ProcessDied, SchedulerProcess
 from spmd_engine.rendezvous import Rendezvous, bounded
+
+logger = logging.getLogger(__name__)
 
 # The scheduler process times out by itself first, with more to say; this is for one that hangs.
 _REPLY_MARGIN_S = 5.0
@@ -53,6 +58,7 @@ class Caller:
         as_digest: Callable[[Any], Any] | None = None,
         refusal_payload: Callable[[], Any] = lambda: None,
         notice: object = None,
+        prepare_span: str = "prepare",
         spin_s: float = 0.0,
     ) -> tuple[Any, Any]:
         """Make one collective call. Returns what `prepare` built, and the reply's value.
@@ -63,14 +69,17 @@ class Caller:
             as_payload, as_digest: what of them is sent, and what all ranks must have in common; by default all.
             refusal_payload: what is sent if `prepare` raises.
             notice: a message for the scheduler process, sent before `prepare` begins.
+            prepare_span: what `prepare` is called in a trace.
             spin_s: seconds to wait for the reply without going to sleep.
         """
         self._check_alive()
         overlapped = not self._lock.acquire(blocking=False)
         if overlapped and not self._lock.acquire(timeout=self.timeout_s):
             raise CollectiveTimeoutError(f"rank {self._rank}: another call ran for over {self.timeout_s:.0f} s")
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._lock.release)
             self._check_alive()
+            stack.enter_context(tracing.span(kind))
             self.seq += 1
             refusal: Exception | None = None
             made, payload = None, None
@@ -78,7 +87,8 @@ class Caller:
                 if notice is not None:
                     self._process.send(notice)
                 try:
-                    made, summary = prepare()
+                    with tracing.span(prepare_span):
+                        made, summary = prepare()
                     payload = as_payload(made)
                 except CollectiveTimeoutError as error:
                     self._fail(error)
@@ -96,6 +106,7 @@ class Caller:
                     summary=summary,
                     overlapped=overlapped,
                     timeout_s=self.timeout_s,
+                    is_traced=tracing.is_recording(),
                 )
                 reply = self._exchange(call, kind, spin_s)
             except BaseException as error:
@@ -107,27 +118,27 @@ class Caller:
             if refusal is not None:
                 raise refusal
             return made, reply.value
-        finally:
-            self._lock.release()
 
-    def await_ready(self) -> None:
+    def await_ready(self) -> Ready:
         """Wait until the scheduler process serves."""
         try:
-            self.receive(lambda message: isinstance(message, Ready), self.timeout_s, "start")
+            ready: Ready = self.receive(lambda message: isinstance(message, Ready), self.timeout_s, "start")
+            return ready
         except BaseException as error:
             if self._dead is None:
                 self._interrupted("start", error)
             raise
 
     def _exchange(self, call: Call, kind: str, spin_s: float) -> Reply:
-        self._process.send(call)
-        reply: Reply = self.receive(
-            lambda message: isinstance(message, Reply) and message.seq == call.seq,
-            self.timeout_s + _REPLY_MARGIN_S,
-            kind,
-            spin_s=spin_s,
-        )
-        return reply
+        def hear(message: Any) -> bool:
+            if isinstance(message, Phase):
+                spans.begin(message.name)
+            return isinstance(message, Reply) and message.seq == call.seq
+
+        with tracing.Spans() as spans:
+            self._process.send(call)
+            reply: Reply = self.receive(hear, self.timeout_s + _REPLY_MARGIN_S, kind, spin_s=spin_s)
+            return reply
 
     def _interrupted(self, kind: str, error: BaseException) -> None:
         """End the process after Ctrl-C, say: a message may be half sent or half read, or shards half copied."""
@@ -216,6 +227,8 @@ class Caller:
 
     def _fail(self, error: SpmdEngineError) -> NoReturn:
         self._dead = error
+        event = {"event": "failure", "rank": self._rank, "error": type(error).__name__}
+        logger.info("rank %d: engine closed: %s", self._rank, error, extra={"spmd_engine": event})
         self._process.stop(grace_s=0.0)
         self._finalizer.detach()
         raise error

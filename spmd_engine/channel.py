@@ -78,7 +78,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Ready:
-    """The scheduler process serves."""
+    """The scheduler process serves.
+
+    Attributes:
+        memory: bytes that the engine holds on its device, by tag.
+    """
+
+    memory: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class Call:
         summary: one line for error messages.
         overlapped: another call of this rank was running when this one was made.
         timeout_s: how long to wait for the other ranks, and for the result.
+        is_traced: the trainer rank wants to hear of every `Phase`.
     """
 
     seq: int
@@ -114,6 +121,14 @@ class Call:
     summary: str
     overlapped: bool
     timeout_s: float
+    is_traced: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A traced call has come so far."""
+
+    name: str
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def _serve(start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> 
     # What SGLang has imported and built stays for good; traversing it would pause a rollout for half a second.
     gc.collect()
     gc.freeze()
-    channel.send(Ready())
+    channel.send(Ready(feed.memory()))
     scheduler.run_event_loop()
 
 

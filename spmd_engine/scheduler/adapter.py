@@ -226,6 +226,23 @@ def checksums(scheduler: Any) -> dict[str, str]:
     return found
 
 
+def memory_bytes(scheduler: Any, device: torch.device) -> dict[str, int]:
+    """Bytes of the weights, of the KV cache, and of what CUDA graphs keep, on the device of the parameters."""
+    tensors = [tensor for _, tensor in _tensors_of(model_of(scheduler)) if tensor.device == device]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    cache = getattr(scheduler.token_to_kv_pool_allocator.get_kvcache(), "get_kv_size_bytes", lambda: 0)()
+    graphs = 0
+    if device.type == "cuda":
+        # Graphs are captured into pools of their own; pool (0, 0) is the allocator's default.
+        segments = torch.cuda.memory_snapshot()
+        graphs = sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
+    return {
+        "weights": sum(storages.values()),
+        "kv_cache": sum(cache) if isinstance(cache, tuple) else int(cache),
+        "cuda_graph": graphs,
+    }
+
+
 def flush_cache(scheduler: Any) -> None:
     """Drop the prefix cache. The scheduler is idle when this is called."""
     if not scheduler.flush_cache(empty_cache=False):

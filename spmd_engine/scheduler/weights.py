@@ -136,7 +136,14 @@ class WeightsKeeper:
         return news, places
 
     def update(
-        self, payload: dict[str, Any], frames: list[Frame], exchange: Exchange, *, flush: bool, wait_s: float
+        self,
+        payload: dict[str, Any],
+        frames: list[Frame],
+        exchange: Exchange,
+        enter: Callable[[str], None],
+        *,
+        flush: bool,
+        wait_s: float,
     ) -> UpdateStats:
         """One collective weight update. All shards are final.
 
@@ -144,6 +151,7 @@ class WeightsKeeper:
             payload: from `spmd_engine.updates`.
             frames: what all ranks have announced.
             exchange: all-gather over the scheduler processes of `payload["ranks"]`; also a barrier.
+            enter: told of each phase as it begins.
             flush: drop the prefix cache. If it sleeps, that has been done, and its memory must not be touched.
             wait_s: seconds that the announcements took.
 
@@ -157,15 +165,19 @@ class WeightsKeeper:
         # What any rank needs, all do: each step ends in an exchange that all must reach.
         is_new = any(state["is_new"] for state, _ in frames)
         if is_new:
+            enter("plan")
             self._prepare_together(key, ranks, exchange)
         prepared = self._prepared[key]
         binding = time.monotonic()
         if is_new or any(state["memory"] is not None or not state["is_bound"] for state, _ in frames):
+            enter("bind")
             self._bind_together(prepared, ranks, exchange)
 
+        enter("copy")
         copying = time.monotonic()
         done: list[tuple[float, int | None]] = []
         error = self._attempt(lambda: done.append(self._copy(prepared, verify=payload["verify"], flush=flush)))
+        enter("commit")
         copied = time.monotonic()
         self.is_inspected = False
         tried = max(state["version"] for state, _ in frames) + 1  # a death at a commit may have left ranks behind
