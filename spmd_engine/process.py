@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -129,6 +129,16 @@ class ProcessDied(Exception):
     """The scheduler process ended without saying why."""
 
 
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Ctrl-C reaches the whole process group: a process started in here does not hear it until it has chosen to."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class SchedulerProcess:
     """A running `python -m spmd_engine.scheduler`, the child of this process.
 
@@ -148,14 +158,15 @@ class SchedulerProcess:
         # -P: a package of the same name in the working directory is not ours.
         command = [sys.executable, "-P", "-m", "spmd_engine.scheduler", str(theirs.fileno())]
         try:
-            self._popen = subprocess.Popen(
-                command,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(theirs.fileno(), *handed_over),
-            )
+            with _sigint_blocked():
+                self._popen = subprocess.Popen(
+                    command,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self.log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(theirs.fileno(), *handed_over),
+                )
         except BaseException:
             ours.close()
             self.log.close()

@@ -32,14 +32,15 @@ class _LossyFile(io.FileIO):
 
 def main() -> None:
     sys.stdout, sys.stderr = (io.TextIOWrapper(_LossyFile(fd, "w", closefd=False), write_through=True) for fd in (1, 2))  # type: ignore[type-var]
+    # Ctrl-C, blocked so far, reaches the whole process group; the trainer rank decides what it means for the engine.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
     channel = Channel(sock)
     start, _ = channel.recv(60.0)
     if not isinstance(start, Start) or start.protocol != PROTOCOL:
         raise SystemExit(f"expected Start of protocol {PROTOCOL}, got {start!r}")
-    # Ctrl-C reaches the whole process group; the trainer rank decides what it means for the engine.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     watchdog = Watchdog(
         start.rank, channel, replica=start.link.ranks, trainer_pid=start.trainer_pid, scratch=start.scratch
     )

@@ -63,6 +63,7 @@ def silence(context: Any, path: str) -> None:
         _scheduler_hangs(context, engine)
         restarted()
         interrupted(context, engine, lambda: engine.update_weights(model))
+        interrupted(context, engine, engine.restart)
     assert psutil.Process().children(recursive=True) == []
 
 
@@ -114,7 +115,7 @@ def interrupted(context: Any, engine: Any, call: Callable[[], object]) -> None:
     def handler(number: int, frame: FrameType | None) -> None:
         inner = frame
         while inner is not None and not done.is_set():
-            if inner.f_code.co_name in ("prepare", "_exchange"):  # not just between two calls
+            if inner.f_code.co_name in ("prepare", "_exchange", "await_ready"):  # not just between two calls
                 done.set()
                 signal.default_int_handler(number, frame)
             inner = inner.f_back
