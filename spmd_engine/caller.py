@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 from spmd_engine import tracing
@@ -25,6 +27,7 @@ _REPLY_MARGIN_S = 5.0
 _STOP_GRACE_S = 5.0
 # How long to look for a better explanation of a failure, which another rank may have.
 _CAUSE_S = 3.0
+_LOOK_S = 0.5
 
 
 class Caller:
@@ -122,7 +125,9 @@ class Caller:
     def await_ready(self) -> Ready:
         """Wait until the scheduler process serves."""
         try:
-            ready: Ready = self.receive(lambda message: isinstance(message, Ready), self.timeout_s, "start")
+            ready: Ready = self.receive(
+                lambda message: isinstance(message, Ready), self.timeout_s, "start", look_s=_LOOK_S
+            )
             return ready
         except BaseException as error:
             if self._dead is None:
@@ -150,17 +155,28 @@ class Caller:
             self._process.stop(grace_s=0.0)
             self._finalizer.detach()
 
-    def receive(self, wanted: Callable[[Any], bool], timeout_s: float, phase: str, *, spin_s: float = 0.0) -> Any:
-        """The next wanted message."""
+    def receive(
+        self,
+        wanted: Callable[[Any], bool],
+        timeout_s: float,
+        phase: str,
+        *,
+        spin_s: float = 0.0,
+        look_s: float = math.inf,
+    ) -> Any:
+        """The next wanted message; each `look_s` seconds without one, look whether another rank's process has died."""
         deadline = time.monotonic() + timeout_s
         while True:
+            left_s = max(0.0, deadline - time.monotonic())
             try:
-                left_s = max(0.0, deadline - time.monotonic())
-                message = self._process.recv(timeout_s=left_s, spin_s=spin_s)
+                message = self._process.recv(timeout_s=min(left_s, look_s), spin_s=spin_s)
             except ProcessDied:
                 self._fail(self._own_death(phase))
             except ChannelTimeout:
-                self._fail(self._no_answer(phase, timeout_s))
+                if left_s <= look_s:
+                    self._fail(self._no_answer(phase, timeout_s))
+                self._check_others(phase)
+                continue
             if isinstance(message, Failed):
                 self._fail(self._peer_failure(message))
             if wanted(message):
@@ -187,6 +203,14 @@ class Caller:
         report = {"exit_status": status, "log_tail": self._process.log_tail()}
         bounded(lambda: self._rendezvous.post(f"died/{self._rank}", report), timeout_s=_CAUSE_S)
         return _died(self._rank, f"the scheduler process of rank {self._rank} ended during {phase}", report)
+
+    def _check_others(self, phase: str) -> None:
+        """Raise if the process of another rank has died: until they are linked, the processes do not notice it."""
+        for rank in self._rendezvous.ranks:
+            if rank != self._rank:
+                report = bounded(partial(self._rendezvous.poll, f"died/{rank}"), timeout_s=_CAUSE_S)
+                if report is not None:
+                    self._fail(_died(rank, f"the scheduler process of rank {rank} ended during {phase}", report))
 
     def _peer_failure(self, message: Failed) -> SpmdEngineError:
         error = message.error.to_exception()

@@ -51,8 +51,11 @@ def silence(context: Any, path: str) -> None:
         engine.update_weights(model)
         tokens = greedy(engine)
 
+        open_files: list[int] = []
+
         def restarted() -> None:
             assert psutil.Process().children(recursive=True) == []
+            open_files.append(len(os.listdir("/proc/self/fd")))
             engine.restart()
             assert engine.update_weights(model, verify=True).wrong_elements == 0
             assert greedy(engine) == tokens
@@ -65,6 +68,9 @@ def silence(context: Any, path: str) -> None:
         interrupted(context, engine, lambda: engine.update_weights(model))
         interrupted(context, engine, engine.restart)
     assert psutil.Process().children(recursive=True) == []
+    open_files.append(len(os.listdir("/proc/self/fd")))
+    assert len(set(open_files)) == 1, open_files
+    dist.barrier()  # a rank that has gone leaves fewer connections to be counted on the others
 
 
 def _trainer_hangs(context: Any, engine: Any) -> None:

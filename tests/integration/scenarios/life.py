@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -106,6 +107,11 @@ def bad_starts(context: Any, path: str) -> dict[str, Any]:
     refused(config, "attention_backend|choose|invalid|Invalid", attention_backend="no_such_backend")
     refused(errors.CollectiveMismatchError, "rank 0.*\n.*rank 1", context_length=128 + context.rank)
     refused(errors.CollectiveMismatchError, "'port': 1", **({"port": 1} if context.rank == 0 else {}))
+    # A process that ends before it has met the others.
+    with pytest.MonkeyPatch.context() as patch:
+        if context.rank == 1:
+            patch.setattr(sys, "executable", shutil.which("false"))
+        refused(errors.SchedulerDiedError, r"scheduler process of rank 1 ended during start \(exit status 1\)")
     dist.barrier()  # rank 0 serves the store of the others
     return {}
 
