@@ -61,7 +61,7 @@ def test_exit_without_shutdown(tmp_path, checkpoint, leaves_nothing):
 
 @pytest.mark.one_version
 def test_ranks_that_hang_or_are_interrupted(tmp_path, checkpoint, leaves_nothing):
-    run_job("failures.silence", 2, tmp_path, path=checkpoint("qwen2", 1))
+    run_job("failures.silence", 2, tmp_path, path=checkpoint("qwen2", 1), timeout_s=400.0)
 
 
 @pytest.mark.one_version
