@@ -52,6 +52,9 @@ class LinkAddress:
 class Start:
     """First message to a scheduler process.
 
+    SGLang's processes find one another through a store at `link.host` and `store_port`. The first of them serves it on
+    `store_fd`, a listening socket that is bound already; -1 elsewhere.
+
     The weights of an engine that starts anew (`is_restart`) are not those that the trainer's `weight_version` names.
 
     Attributes:
@@ -68,7 +71,8 @@ class Start:
     model_path: str
     server_args: dict[str, Any]
     random_seed: int
-    dist_port: int
+    store_port: int
+    store_fd: int
     gpu_id: int
     on_cpu: bool
     node: str
@@ -84,7 +88,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Ready:
-    """The scheduler process serves."""
+    """The scheduler process serves.
+
+    Attributes:
+        memory: bytes that the engine holds on its device, by tag.
+    """
+
+    memory: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,7 @@ class Call:
         summary: one line for error messages.
         overlapped: another call of this rank was running when this one was made.
         timeout_s: how long to wait for the other ranks, and for the result.
+        is_traced: the trainer rank wants to hear of every `Phase`.
     """
 
     seq: int
@@ -120,6 +131,14 @@ class Call:
     summary: str
     overlapped: bool
     timeout_s: float
+    is_traced: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A traced call has come so far."""
+
+    name: str
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from spmd_engine import requests as req
+from spmd_engine import tracing
 from spmd_engine.async_requests import AsyncRequests
 from spmd_engine.caller import Caller
-from spmd_engine.channel import Coming, Pause, Ready, Resume
+from spmd_engine.channel import Coming, Pause, Resume
 from spmd_engine.errors import MEMORY_TAGS, InvalidRequestError, MemoryOccupationError
 from spmd_engine.explain import LinkSpeeds, PlanReport, make_report
 from spmd_engine.plan import numbered
@@ -94,8 +95,10 @@ class SpmdEngine:
         self._caller = Caller(rank, self._process, startup.rendezvous, self._timeout_s)
         self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s)
         self._requests = AsyncRequests(self._caller, self._tokenizer, self._timeout_s, self._count_sequences)
-        self._caller.receive(lambda message: isinstance(message, Ready), self._timeout_s, "start")
-        logger.info("rank %d: scheduler process %d serves %s", rank, self._process.pid, self._model_path)
+        ready = self._caller.await_ready()
+        self._stats = replace(self._stats, memory=ready.memory)
+        text = f"scheduler process {self._process.pid} serves {self._model_path}"
+        self._log(logging.INFO, "start", text, pid=self._process.pid, weight_version=self.weight_version)
 
     # ---- facts ----
 
@@ -188,14 +191,18 @@ class SpmdEngine:
 
         started = time.monotonic()
         (requests, single), outputs = self._caller.call("generate", prepare, as_payload=lambda made: made[0])
-        results = req.format_outputs(
-            requests,
-            outputs,
-            ids=[f"{self._caller.seq}-{i}" for i in range(len(requests))],
-            tokenizer=self._tokenizer,
-            return_text_in_logprobs=return_text_in_logprobs,
-        )
-        self._stats = self._stats.with_rollout(results, time.monotonic() - started)
+        with tracing.span("format"):
+            results = req.format_outputs(
+                requests,
+                outputs,
+                ids=[f"{self._caller.seq}-{i}" for i in range(len(requests))],
+                tokenizer=self._tokenizer,
+                return_text_in_logprobs=return_text_in_logprobs,
+            )
+        seconds = time.monotonic() - started
+        self._stats = self._stats.with_rollout(results, seconds)
+        if logger.isEnabledFor(logging.DEBUG):
+            self._log(logging.DEBUG, "generate", f"{len(results)} sequences", sequences=len(results), seconds=seconds)
         return results[0] if single else results
 
     def flush_cache(self) -> None:
@@ -249,11 +256,14 @@ class SpmdEngine:
             as_digest=lambda m: m.agreed,
             refusal_payload=lambda: {"ranks": self._updates.last_ranks},
             notice=Coming(),
+            prepare_span="describe",
             spin_s=self._spin_s,
         )
         self._updates.committed(made)
         update: UpdateStats = replace(value, describe_s=made.describe_s, total_s=time.monotonic() - started)
         self._stats = self._stats.with_update(update)
+        if logger.isEnabledFor(logging.DEBUG):
+            self._log(logging.DEBUG, "update_weights", f"weight version {update.weight_version}", **vars(update))
         return update
 
     def explain(
@@ -463,8 +473,9 @@ class SpmdEngine:
             return _check_tags(tags), f"{kind}({'' if tags is None else list(tags)})"
 
         self._updates.forget_places()
-        _, sleeping = self._caller.call(kind, prepare)
-        self._stats = replace(self._stats, sleeping=sleeping)
+        _, (sleeping, memory) = self._caller.call(kind, prepare)
+        self._stats = replace(self._stats, sleeping=sleeping, memory=memory)
+        self._log(logging.DEBUG, kind, f"now asleep: {list(sleeping)}", sleeping=sleeping, memory=memory)
 
     # ---- life ----
 
@@ -478,12 +489,19 @@ class SpmdEngine:
         Raises:
             All that making a SpmdEngine raises; it may be tried again.
         """
+        self._caller.check_owner()
         self._caller.stop()
         self._start(is_restart=True)
 
     def shutdown(self) -> None:
         """End the scheduler process of this rank. Waits for no other rank, and may be called again."""
         self._caller.stop()
+
+    def _log(self, level: int, event: str, text: str, **fields: Any) -> None:
+        """A record of the logger "spmd_engine.engine", with its fields in the attribute `spmd_engine`."""
+        rank = self._ranks[self.tp_rank]
+        extra = {"spmd_engine": {"event": event, "rank": rank, **fields}}
+        logger.log(level, "rank %d: %s: %s", rank, event, text, extra=extra)
 
     def __enter__(self) -> SpmdEngine:
         return self

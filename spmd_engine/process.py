@@ -8,11 +8,12 @@ import shutil
 import signal
 import site
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,18 +34,19 @@ def child_environment(
     *,
     on_cpu: bool,
     tp_size: int,
-    nnodes: int,
-    interface: str,
+    nnodes: int = 1,
+    interface: str = "",
     scratch: str,
     gpus: str = "",
     preload: str = "",
 ) -> dict[str, str]:
     """The environment of a scheduler process: made from `environ`, which stays as it is.
 
-    It sees `gpus`, a value of CUDA_VISIBLE_DEVICES, whatever its trainer rank sees. Left out are the launcher's
-    rendezvous variables (with TORCHELASTIC_USE_AGENT_STORE the child would wait for ever for a store that nobody
-    serves) and expandable segments (SGLang's memory saver refuses them). The library `preload` is loaded before all
-    others. The `tp_size` ranks of its replica are on `nnodes` nodes, which reach one another through `interface`.
+    It sees `gpus`, a value of CUDA_VISIBLE_DEVICES, whatever its trainer rank sees, and its communication libraries
+    listen on the network `interface` alone, if that is known and the environment names no other. Left out are the
+    launcher's rendezvous variables (with TORCHELASTIC_USE_AGENT_STORE the child would wait for ever for a store that
+    nobody serves) and expandable segments (SGLang's memory saver refuses them). The library `preload` is loaded before
+    all others. The `tp_size` ranks of its replica are on `nnodes` nodes, equally many on each.
     """
     env = {k: v for k, v in environ.items() if k not in _LAUNCHER_VARIABLES and not k.startswith("TORCHELASTIC_")}
     for name in _ALLOCATOR_VARIABLES:
@@ -60,19 +62,22 @@ def child_environment(
     home = str(Path(__file__).resolve().parents[1])
     if home not in (*site.getsitepackages(), site.getusersitepackages()):  # not installed: imported from a source tree
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
-    # What SGLang leaves behind in the temporary directory goes with the engine; compiled kernels are kept.
-    env.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}"))
+    # What SGLang leaves behind in the temporary directory goes with the engine.
     env["TMPDIR"] = scratch
     # It takes shared memory and a process of its own, for broadcasts that no scheduler of ours makes.
     env["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
     if interface:
         env.setdefault("GLOO_SOCKET_IFNAME", interface)
+        env.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without =, a prefix of names
     if preload:
         env["LD_PRELOAD"] = ":".join(filter(None, [preload, env.get("LD_PRELOAD")]))
         # Graphs whose memory is paused get other physical pages at the same addresses, which NCCL must not register.
         env.setdefault("NCCL_GRAPH_REGISTER", "0")
     if not on_cpu:
         env["CUDA_VISIBLE_DEVICES"] = gpus
+        cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+        if is_safe_cache(cache):  # compiled kernels are kept
+            env.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
     else:
         cores, ranks_here = sorted(os.sched_getaffinity(0)), tp_size // nnodes
         env["SGLANG_PLATFORM"] = "spmd_engine"
@@ -84,6 +89,19 @@ def child_environment(
         # SGLang compiles a few small functions with Inductor, which takes a C++ compiler and 15 s at the first call.
         env.setdefault("TORCH_COMPILE_DISABLE", "1")
     return env
+
+
+def is_safe_cache(path: str) -> bool:
+    """Whether only this user can have written below `path`, a directory that is made if it is not there.
+
+    Inductor unpickles and runs what it finds in its cache, and anyone may make a directory of that name in /tmp.
+    """
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _core_bindings(cores: list[int], tp_size: int, ranks_here: int) -> str:
@@ -112,12 +130,22 @@ class ProcessDied(Exception):
     """The scheduler process ended without saying why."""
 
 
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Ctrl-C reaches the whole process group: a process started in here does not hear it until it has chosen to."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class SchedulerProcess:
     """A running `python -m spmd_engine.scheduler`, the child of this process.
 
     Args:
-        start: its first message; `start.link.listener_fd`, if any, is handed over and closed here, and
-            `start.scratch` is removed when the process has ended.
+        start: its first message; `start.link.listener_fd` and `start.store_fd`, if any, are handed over and closed
+            here, and `start.scratch` is removed when the process has ended.
         env: its whole environment.
         log: open file for what it prints, from `open_log`; closed when the process has ended.
     """
@@ -127,18 +155,19 @@ class SchedulerProcess:
         self.rank = start.rank
         self._scratch = start.scratch
         self.log = log
-        listener_fd = start.link.listener_fd
+        handed_over = [fd for fd in (start.link.listener_fd, start.store_fd) if fd >= 0]
         # -P: a package of the same name in the working directory is not ours.
         command = [sys.executable, "-P", "-m", "spmd_engine.scheduler", str(theirs.fileno())]
         try:
-            self._popen = subprocess.Popen(
-                command,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(theirs.fileno(), *((listener_fd,) if listener_fd >= 0 else ())),
-            )
+            with _sigint_blocked():
+                self._popen = subprocess.Popen(
+                    command,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self.log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(theirs.fileno(), *handed_over),
+                )
         except BaseException:
             ours.close()
             self.log.close()
@@ -146,8 +175,8 @@ class SchedulerProcess:
             raise
         finally:
             theirs.close()
-            if listener_fd >= 0:
-                os.close(listener_fd)
+            for fd in handed_over:
+                os.close(fd)
         self.pid = self._popen.pid
         try:
             self._pidfd = os.pidfd_open(self.pid)
@@ -182,6 +211,12 @@ class SchedulerProcess:
         except subprocess.TimeoutExpired:
             return None
 
+    def is_stopped(self) -> bool:
+        """Whether the process is stopped, by SIGSTOP or a debugger."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+        return False
+
     def log_tail(self) -> str:
         """The end of the log."""
         with contextlib.suppress(OSError, ValueError):
@@ -211,10 +246,12 @@ class SchedulerProcess:
 
 
 def open_log(log_dir: str | os.PathLike[str] | None, rank: int) -> IO[bytes]:
-    """A new log in `log_dir`; without one, a file without a name that vanishes with the processes that have it open."""
+    """A new log in `log_dir`, for its owner alone; without one, a file without a name that vanishes with the processes
+    that have it open."""
     if log_dir is None:
         return tempfile.TemporaryFile(prefix="spmd-engine-")
     directory = Path(log_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return open(directory / f"scheduler-rank{rank}-{stamp}-{os.getpid()}.log", "w+b")
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    prefix = f"scheduler-rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-"
+    fd, _ = tempfile.mkstemp(prefix=prefix, suffix=".log", dir=directory)
+    return open(fd, "w+b")

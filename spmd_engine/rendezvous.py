@@ -6,25 +6,28 @@ watch for other news.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import ipaddress
 import json
 import os
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 
 from spmd_engine import links
 from spmd_engine.channel import LinkAddress
 from spmd_engine.errors import CollectiveTimeoutError, ConfigError, ErrorReport, SchedulerDiedError
 
+_SIOCGIFADDR = 0x8915
 _POLL_S = 0.005
 _STORE_S = 5.0
 _counters: dict[str, int] = {}
@@ -50,15 +53,22 @@ def outgoing_address(target: str) -> str:
         return str(sock.getsockname()[0])
 
 
-def interface_of(host: str) -> str:
-    """Name of the network interface that has the address `host`; "" if none has."""
-    wanted = ipaddress.ip_address(host)
-    if wanted.is_loopback:
-        return "lo"
-    for name, addresses in psutil.net_if_addrs().items():
-        for one in addresses:
-            if one.family in (socket.AF_INET, socket.AF_INET6) and one.address.split("%")[0] == str(wanted):
-                return name
+def interface_of(address: str) -> str:
+    """Name of this host's network interface that has the numeric `address`; "" if none is known to."""
+    wanted = ipaddress.ip_address(address)
+    if wanted.version == 6:
+        with contextlib.suppress(OSError), open("/proc/net/if_inet6") as file:
+            for line in file:
+                digits, *_, name = line.split()
+                if ipaddress.ip_address(bytes.fromhex(digits)) == wanted:
+                    return name
+        return ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                found = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if found[20:24] == wanted.packed:
+                    return name
     return ""
 
 
@@ -94,6 +104,8 @@ class Rendezvous:
         self._name = f"spmd_engine/{purpose}/{digest_ranks(ranks)}"
         self._root = dist.distributed_c10d._get_default_store()
         self._number = _counters.get(self._name, 0)
+        #: Address of this host on the way to the others: loopback when the job has one node, as MASTER_ADDR then says.
+        self.host = _own_address(self._root)
 
     @property
     def _store(self) -> dist.Store:
@@ -192,13 +204,10 @@ class Rendezvous:
     def meet(self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None]) -> Meeting:
         """Exchange notes and agree on a link address; on the hub the returned link holds the listening socket."""
         hub = self.rank == self.ranks[0]
-        host = _own_address(self._store)
-        posted = {**note, "node": node_identity(), "host": host}
+        posted = {**note, "node": node_identity(), "host": self.host}
         listener = None
         if hub:
-            # Bound to the interface in use: loopback when the job has one node, as MASTER_ADDR then says.
-            listener = links.listen(host)
-            posted["port"] = free_port(host)
+            listener = links.listen(self.host)
             posted["link"] = {"port": listener.getsockname()[1], "token": secrets.token_hex(16)}
         try:
             notes = self._collect(posted, timeout_s, watch)
@@ -215,12 +224,6 @@ class Rendezvous:
             listener_fd=listener.detach() if listener is not None else -1,
         )
         return Meeting(notes=notes, link=link)
-
-
-def free_port(host: str) -> int:
-    """A port that is free on `host` now; SGLang's own rendezvous will bind it."""
-    with links.listen(host) as sock:
-        return int(sock.getsockname()[1])
 
 
 def _own_address(store: dist.Store) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import os
 import secrets
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from spmd_engine import links
 from spmd_engine.channel import PROTOCOL, LinkAddress, Start
 from spmd_engine.devices import own_gpu, visible_gpus
 from spmd_engine.digest import digest
@@ -58,7 +60,7 @@ def shared_scratch(token: str) -> str:
     """
     path = os.path.join(tempfile.gettempdir(), f"spmd-engine-{digest(token)[:16]}")
     os.makedirs(path, mode=0o700, exist_ok=True)
-    if os.stat(path).st_uid != os.getuid():
+    if os.lstat(path).st_uid != os.getuid():
         raise ConfigError(f"{path} belongs to another user")
     return path
 
@@ -109,10 +111,14 @@ class Startup:
         note.update(version=self.weight_version, is_restart=self._is_restart)
         refusal: ConfigError | None = None
         log: IO[bytes] | None = None
+        store: socket.socket | None = None
         try:
             self._check()
             note["gpu"] = None if self.on_cpu else own_gpu(os.environ)
             log = open_log(log_dir, self._rank)
+            if self._rank == self._ranks[0]:
+                store = links.listen(self.rendezvous.host)
+                note["store_port"] = store.getsockname()[1]
         except Exception as error:  # the other ranks wait: they must hear of it
             refusal = error if isinstance(error, ConfigError) else ConfigError(f"{type(error).__name__}: {error}")
             note["refusal"] = str(refusal)
@@ -120,8 +126,9 @@ class Startup:
             seed = self._server_args.get("random_seed")
             note["seed"] = secrets.randbelow(1 << 30) if seed is None else seed
         with contextlib.ExitStack() as undo:
-            if log is not None:
-                undo.enter_context(log)
+            for opened in (log, store):
+                if opened is not None:
+                    undo.enter_context(opened)
             meeting = self.rendezvous.meet(note, timeout_s=self._timeout_s, watch=lambda: None)
             undo.callback(_close_listener, meeting.link)
             _check_agreement(self._ranks, meeting, refusal)
@@ -131,7 +138,7 @@ class Startup:
         self.weight_version = max(note["version"] for note in meeting.notes)
         self._is_restart = any(note["is_restart"] for note in meeting.notes)
         assert log is not None
-        return self._spawn(meeting, gpus, log)
+        return self._spawn(meeting, gpus, log, -1 if store is None else store.detach())
 
     def _check(self) -> None:
         """Check the arguments and fill in what follows from the mesh and the model's directory."""
@@ -160,7 +167,7 @@ class Startup:
         """Whether the engine computes on the CPU."""
         return bool(self._server_args.get("device", "cuda" if torch.cuda.device_count() else "cpu") == "cpu")
 
-    def _spawn(self, meeting: Meeting, gpus: str, log: IO[bytes]) -> SchedulerProcess:
+    def _spawn(self, meeting: Meeting, gpus: str, log: IO[bytes], store_fd: int) -> SchedulerProcess:
         tp_rank = self._ranks.index(self._rank)
         notes, on_cpu = meeting.notes, self.on_cpu
         nodes = [note["node"] for note in notes]
@@ -174,7 +181,8 @@ class Startup:
             model_path=self._model_path,
             server_args=self._server_args,
             random_seed=meeting.notes[0]["seed"],
-            dist_port=meeting.notes[0]["port"],
+            store_port=meeting.notes[0]["store_port"],
+            store_fd=store_fd,
             gpu_id=0 if on_cpu else nodes[:tp_rank].count(nodes[tp_rank]),
             on_cpu=on_cpu,
             node=nodes[tp_rank],

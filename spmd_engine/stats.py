@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+# Of a weight update, in the order in which they happen.
+PHASES = ("describe", "wait", "record", "plan", "bind", "copy", "commit")
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,11 @@ class EngineStats:
         cached_tokens: prompt tokens that the prefix cache had.
         updates: weight updates committed.
         update_s: seconds of these calls.
+        update_phases_s: the same by phase, by the names that UpdateStats has for them without "_s".
         local_bytes, remote_bytes: what the updates read, as in UpdateStats.
         last_update: the last of them.
+        memory: bytes that the engine holds on the device of this rank, by tag: "weights", "kv_cache" and "cuda_graph"
+            (what CUDA graphs keep; 0 on the CPU). 0 while the tag sleeps.
     """
 
     weight_version: int = 0
@@ -79,9 +85,11 @@ class EngineStats:
     cached_tokens: int = 0
     updates: int = 0
     update_s: float = 0.0
+    update_phases_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     local_bytes: int = 0
     remote_bytes: int = 0
     last_update: UpdateStats | None = None
+    memory: dict[str, int] = field(default_factory=dict)
 
     def with_rollout(self, results: list[dict[str, Any]], seconds: float) -> EngineStats:
         """These, and one more rollout."""
@@ -109,6 +117,7 @@ class EngineStats:
             weight_version=update.weight_version,
             updates=self.updates + 1,
             update_s=self.update_s + update.total_s,
+            update_phases_s={name: s + getattr(update, f"{name}_s") for name, s in self.update_phases_s.items()},
             local_bytes=self.local_bytes + update.local_bytes,
             remote_bytes=self.remote_bytes + update.remote_bytes,
             last_update=update,

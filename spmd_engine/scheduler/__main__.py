@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import signal
 import socket
 import sys
 import time
 import traceback
+from typing import Any
 
 from spmd_engine.channel import PROTOCOL, Channel, Ready, Start
 from spmd_engine.errors import ErrorReport, SpmdEngineError
@@ -18,15 +20,27 @@ from spmd_engine.scheduler.watchdog import Watchdog
 _CAUSE_GRACE_S = 2.0
 
 
+class _LossyFile(io.FileIO):
+    """A log whose writer goes on when the disk is full: what cannot be written is lost."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def main() -> None:
+    sys.stdout, sys.stderr = (io.TextIOWrapper(_LossyFile(fd, "w", closefd=False), write_through=True) for fd in (1, 2))  # type: ignore[type-var]
+    # Ctrl-C, blocked so far, reaches the whole process group; the trainer rank decides what it means for the engine.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
     channel = Channel(sock)
     start, _ = channel.recv(60.0)
     if not isinstance(start, Start) or start.protocol != PROTOCOL:
         raise SystemExit(f"expected Start of protocol {PROTOCOL}, got {start!r}")
-    # Ctrl-C reaches the whole process group; the trainer rank decides what it means for the engine.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     watchdog = Watchdog(
         start.rank, channel, replica=start.link.ranks, trainer_pid=start.trainer_pid, scratch=start.scratch
     )
@@ -64,7 +78,7 @@ def _serve(start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> 
     # What SGLang has imported and built stays for good; traversing it would pause a rollout for half a second.
     gc.collect()
     gc.freeze()
-    channel.send(Ready())
+    channel.send(Ready(feed.memory()))
     scheduler.run_event_loop()
 
 

@@ -66,10 +66,10 @@ def make_server_args(start: Start) -> Any:
         model_path=start.model_path,
         tp_size=len(start.link.ranks),
         random_seed=start.random_seed,
-        nccl_port=start.dist_port,
+        nccl_port=start.store_port,
         nnodes=start.nnodes,
         node_rank=start.node_rank,
-        dist_init_addr=_join_host_port(start.link.host, start.dist_port),
+        dist_init_addr=_join_host_port(start.link.host, start.store_port),
         watchdog_timeout=_NEVER_S,
     )
     try:
@@ -135,7 +135,7 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
 
     names = dict.fromkeys(inspect.signature(PortArgs).parameters, "")
     optional = {"tokenizer_worker_ipc_name": None, "decoupled_spec_ipc_config": None}
-    ports = PortArgs(**{**names, **{k: v for k, v in optional.items() if k in names}, "nccl_port": start.dist_port})
+    ports = PortArgs(**{**names, **{k: v for k, v in optional.items() if k in names}, "nccl_port": start.store_port})
     ranks = {"tp_rank": start.tp_rank, "pp_rank": 0, "dp_rank": None, "gpu_id": start.gpu_id}
     by_publish = "tp_rank" not in inspect.signature(module.Scheduler.__init__).parameters
     if by_publish:
@@ -152,16 +152,16 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
     # watchdog could tell the peers why this process ends.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
     _check_heads(args, start)
+    store = _serve_store(start)
     try:
         scheduler = RankLocalScheduler(args, ports, **({} if by_publish else ranks))
         if start.on_cpu and start.server_args.get("enable_memory_saver"):
             _use_cpu_memory_saver(scheduler, keeps_weights=bool(start.server_args.get("enable_weights_cpu_backup")))
+        del store  # the process group has it now
         return scheduler
     except SpmdEngineError:
         raise
     except _START_ERRORS as error:
-        if isinstance(error, OSError) and "in use" in str(error):
-            raise
         logger.exception("SGLang did not start")
         raise ConfigError(
             f"SGLang cannot start {start.model_path!r} with TP {len(start.link.ranks)}: {type(error).__name__}: {error}"
@@ -205,6 +205,25 @@ def build_without_weights(start: Start) -> torch.nn.Module:
         model: torch.nn.Module = built.args[0]
         return model
     raise RuntimeError("SGLang started without asking for weights")
+
+
+def _serve_store(start: Start) -> torch.distributed.TCPStore | None:
+    """On the first rank, the store where SGLang's process group will meet, on the socket that was bound for it.
+
+    SGLang would let torch open one, which listens on all interfaces, at a port that may be taken by then. In the
+    process of a `multi_tenant` store torch opens no second one at the same port, but shares it while it is referred to.
+    """
+    if start.store_fd < 0:
+        return None
+    return torch.distributed.TCPStore(
+        host_name=start.link.host,
+        port=start.store_port,
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=start.store_fd,
+        use_libuv=True,
+    )
 
 
 def _check_heads(args: Any, start: Start) -> None:
@@ -263,6 +282,23 @@ def _apart_from_paused(scheduler: Any) -> Iterator[None]:
         yield
     finally:
         scheduler.waiting_queue = waiting
+
+
+def memory_bytes(scheduler: Any, device: torch.device) -> dict[str, int]:
+    """Bytes of the weights, of the KV cache, and of what CUDA graphs keep, on the device of the parameters."""
+    tensors = [tensor for _, tensor in _tensors_of(model_of(scheduler)) if tensor.device == device]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    cache = getattr(scheduler.token_to_kv_pool_allocator.get_kvcache(), "get_kv_size_bytes", lambda: 0)()
+    graphs = 0
+    if device.type == "cuda":
+        # Graphs are captured into pools of their own; pool (0, 0) is the allocator's default.
+        segments = torch.cuda.memory_snapshot()
+        graphs = sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
+    return {
+        "weights": sum(storages.values()),
+        "kv_cache": sum(cache) if isinstance(cache, tuple) else int(cache),
+        "cuda_graph": graphs,
+    }
 
 
 def flush_cache(scheduler: Any) -> None:

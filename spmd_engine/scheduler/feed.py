@@ -28,6 +28,7 @@ from spmd_engine.channel import (
     Descriptors,
     LinkAddress,
     Pause,
+    Phase,
     Progress,
     Refused,
     Reply,
@@ -78,6 +79,10 @@ class Feed:
         self._scheduler = scheduler
         self._weights = WeightsKeeper(scheduler, self._start)
         self._memory = MemoryKeeper(scheduler, self._start, self._weights.device)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the engine holds on its device, by tag."""
+        return self._memory.held()
 
     def recv_requests(self, local_reqs: Any = None) -> list[Any]:
         """Called by SGLang at each turn of its event loop: what to begin now. Blocks while there is nothing to do."""
@@ -273,6 +278,7 @@ class Feed:
 
     def _perform(self, call: Call) -> Any:
         """Agree on `call` with the other ranks and do it; a batch for SGLang if it is a rollout."""
+        self._enter(call, "wait")
         began = time.monotonic()
         wide = tuple(call.payload["ranks"]) if call.kind in _WIDE and call.payload else ()
         agreement = {
@@ -302,6 +308,8 @@ class Feed:
         if call.kind == "refused":
             self._reply(call)  # the trainer rank knows its own error
             return None
+        if call.kind != "update_weights":
+            self._enter(call, "run")
         if call.kind == "generate":
             return self._generate(call)
 
@@ -314,8 +322,12 @@ class Feed:
             return None
         if call.kind == "update_weights":
             wait_s = time.monotonic() - began
+
+            def enter(phase: str) -> None:
+                self._enter(call, phase)
+
             flush = "kv_cache" not in self._memory.sleeping
-            stats = self._weights.update(call.payload, frames, exchange, flush=flush, wait_s=wait_s)
+            stats = self._weights.update(call.payload, frames, exchange, enter, flush=flush, wait_s=wait_s)
             self.outputs.use_version(self._weights.version)
             self._reply(call, value=stats)
             return None
@@ -364,10 +376,11 @@ class Feed:
             self._memory.resume(call.payload, barrier)
         elif "weights" in self._memory.release(call.payload, barrier) and not self._memory.keeps_weights:
             self._weights.lose_contents()
-        self._reply(call, value=self._memory.sleeping)
+        self._reply(call, value=(self._memory.sleeping, self._memory.held()))
 
     def _finish(self, call: Call) -> None:
         """Answer a rollout once all ranks have finished it, so that none can leave while another still needs it."""
+        self._enter(call, "commit")
         results = self.outputs.take()
         tokens = digest([array("q", result.output_ids) for result in results])
         frames = self._exchange(self._replica, {"tokens": tokens}, b"", call)
@@ -376,6 +389,11 @@ class Feed:
             self._reply(call, error=error)
         else:
             self._reply(call, value=results)
+
+    def _enter(self, call: Call, phase: str) -> None:
+        if call.is_traced:
+            with contextlib.suppress(ChannelClosed):
+                self._channel.send(Phase(phase))
 
     def _reply(self, call: Call, *, value: Any = None, error: ErrorReport | None = None) -> None:
         with contextlib.suppress(ChannelClosed):  # the watchdog sees a trainer that is gone

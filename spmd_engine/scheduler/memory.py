@@ -38,6 +38,7 @@ class MemoryKeeper:
         self._scheduler, self._rank, self._device = scheduler, start.rank, device
         self._is_enabled = bool(start.server_args.get("enable_memory_saver"))
         self.keeps_weights = bool(start.server_args.get("enable_weights_cpu_backup"))
+        self._sizes = adapter.memory_bytes(scheduler, device)
         self._freed: dict[str, int] = {}  # bytes that each sleeping tag gave back
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # small tensors beside the weights, and their copies
 
@@ -45,6 +46,10 @@ class MemoryKeeper:
     def sleeping(self) -> tuple[str, ...]:
         """The tags that sleep."""
         return tuple(tag for tag in MEMORY_TAGS if tag in self._freed)
+
+    def held(self) -> dict[str, int]:
+        """Bytes on the device by tag, 0 for those that sleep."""
+        return {tag: 0 if tag in self._freed else size for tag, size in self._sizes.items()}
 
     def refusal(self, kind: str, payload: Any) -> SpmdEngineError | None:
         """Why a call cannot be made now; the same on all ranks that made the same calls so far."""

@@ -157,7 +157,14 @@ class WeightsKeeper:
         return news, places
 
     def update(
-        self, payload: dict[str, Any], frames: list[Frame], exchange: Exchange, *, flush: bool, wait_s: float
+        self,
+        payload: dict[str, Any],
+        frames: list[Frame],
+        exchange: Exchange,
+        enter: Callable[[str], None],
+        *,
+        flush: bool,
+        wait_s: float,
     ) -> UpdateStats:
         """One collective weight update. All shards are final.
 
@@ -165,6 +172,7 @@ class WeightsKeeper:
             payload: from `spmd_engine.updates`.
             frames: what all ranks have announced.
             exchange: all-gather over the scheduler processes of `payload["ranks"]`; also a barrier.
+            enter: told of each phase as it begins.
             flush: drop the prefix cache. If it sleeps, that has been done, and its memory must not be touched.
             wait_s: seconds that the announcements took.
 
@@ -182,13 +190,16 @@ class WeightsKeeper:
             self._forget(key)
         is_new = (key, situation) not in self._prepared
         if is_new:
+            enter("plan")
             self._prepared[key, situation] = self._prepare_together(key, ranks, nodes, exchange)
         self._situations[key] = situation
         prepared = self._prepared[key, situation]
         binding = time.monotonic()
         if is_new or any(state["memory"] is not None or not state["is_bound"] for state, _ in frames):
+            enter("bind")
             self._bind_together(prepared, ranks, exchange)
 
+        enter("copy")
         copying = time.monotonic()
         verify, done = bool(payload["verify"]), list[tuple[float, int | None]]()
         error = self.attempt(lambda: self._begin(prepared, flush=flush))
@@ -201,6 +212,7 @@ class WeightsKeeper:
             error, is_over, wrong = prepared.staged.run(agree, self.attempt, error, verify=verify)
         if error is None and not is_over:
             error = self.attempt(lambda: done.append(self._end(prepared, verify=verify)))
+        enter("commit")
         copied = time.monotonic()
         self.is_inspected = False
         tried = max(state["version"] for state, _ in frames) + 1  # a death at a commit may have left ranks behind

@@ -59,8 +59,19 @@ def test_exit_without_shutdown(tmp_path, checkpoint, leaves_nothing):
     assert gone_within(int((tmp_path / "scheduler0.pid").read_text()), 5.0)
 
 
-def test_a_rank_that_never_comes(tmp_path, checkpoint):
-    run_job("life.late_rank", 2, tmp_path, path=checkpoint("qwen2", 1))
+@pytest.mark.one_version
+def test_ranks_that_hang_or_are_interrupted(tmp_path, checkpoint, leaves_nothing):
+    run_job("failures.silence", 2, tmp_path, path=checkpoint("qwen2", 1), timeout_s=400.0)
+
+
+@pytest.mark.one_version
+def test_a_loader_that_raises(tmp_path, checkpoint):
+    run_job("failures.loader_raises", 2, tmp_path, path=checkpoint("qwen2", 1))
+
+
+@pytest.mark.one_version
+def test_two_engines_in_one_job(tmp_path, checkpoint, leaves_nothing):
+    run_job("failures.neighbours", 2, tmp_path, path=checkpoint("qwen2", 1), other=checkpoint("llama", 1))
 
 
 def test_a_rank_that_shuts_down_early(tmp_path, checkpoint):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from integration.jobs import run_job
+from integration.scenarios.sleep import SHAPE
 from spmd_engine import LinkSpeeds
 from spmd_engine.on_paper import Cluster, plan_on_paper
 
@@ -71,6 +72,11 @@ def test_a_report_says_what_an_update_moves(tmp_path, checkpoint):
 def test_a_plain_module_moves_no_byte_between_ranks(tmp_path, checkpoint, reference):
     values = check(tmp_path, checkpoint, reference, "qwen2", 2, 2, replicate=True)
     assert all(value["remote"] == 0 for value in values)
+
+
+@pytest.mark.one_version
+def test_optimizer_steps_do_not_race_updates(tmp_path, checkpoint):
+    run_job("weights.racing_steps", 2, tmp_path, path=checkpoint("llama", 1, **SHAPE), shape=SHAPE)
 
 
 def test_sources_that_are_taken_and_refused(tmp_path, checkpoint):

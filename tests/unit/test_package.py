@@ -11,7 +11,8 @@ import pytest
 
 import spmd_engine
 from spmd_engine import errors
-from spmd_engine.process import child_environment, memory_saver_library
+from spmd_engine.process import child_environment, is_safe_cache, memory_saver_library
+from spmd_engine.rendezvous import interface_of
 
 PROBE = """
 import json, os, sys, time, threading
@@ -56,9 +57,7 @@ def test_errors_cross_the_process_with_their_type():
 
 
 def make(environ, **kwargs):
-    return child_environment(
-        environ, **{"on_cpu": False, "tp_size": 2, "nnodes": 1, "interface": "lo", "scratch": "/s", **kwargs}
-    )
+    return child_environment(environ, **{"on_cpu": False, "tp_size": 2, "scratch": "/s", **kwargs})
 
 
 def test_child_environment_leaves_the_launcher_out():
@@ -93,6 +92,29 @@ def test_child_environment_on_cpu_asks_for_our_platform_by_name():
     assert made["SGLANG_PLATFORM"] == "spmd_engine" and made["CUDA_VISIBLE_DEVICES"] == ""
     assert len(made["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
     assert "SGLANG_PLATFORM" not in make({"SGLANG_PLATFORM": "spmd_engine"})
+
+
+def test_child_environment_listens_on_one_interface():
+    made = make({}, interface="eth1")
+    assert (made["GLOO_SOCKET_IFNAME"], made["NCCL_SOCKET_IFNAME"]) == ("eth1", "=eth1")
+    theirs = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib"}
+    assert theirs.items() <= make(theirs, interface="eth1").items()
+    assert not theirs.keys() & make({}).keys()
+    assert interface_of("127.0.0.1") == "lo" and interface_of("192.0.2.1") == ""
+    assert interface_of("::1") in ("lo", "")  # "" where IPv6 is switched off
+
+
+def test_compiled_kernels_are_taken_from_no_directory_that_others_can_write(tmp_path):
+    assert is_safe_cache(str(tmp_path / "new" / "cache")) and is_safe_cache(str(tmp_path / "new" / "cache"))
+    assert os.stat(tmp_path / "new" / "cache").st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    (tmp_path / "file").touch()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    assert not any(is_safe_cache(str(tmp_path / name)) for name in ("link", "file", "open"))
+    if os.getuid() == 0:
+        os.chown(tmp_path / "new", 12345, -1)
+        assert not is_safe_cache(str(tmp_path / "new"))
 
 
 def test_child_environment_preloads_the_memory_saver():

@@ -10,6 +10,7 @@ import models
 import psutil
 import pytest
 
+from integration.scenarios import observe
 from integration.scenarios.common import greedy, shard
 from spmd_engine import errors
 
@@ -72,17 +73,23 @@ def sleep(context: Any, path: str) -> dict[str, Any]:
         _legal_orders(sleeper)
         _illegal_orders(sleeper)
         _sources_that_moved(sleeper)
+        engine.update_weights(sleeper.model)
+        observe.traced(engine, sleeper.model, context.directory / f"trace{context.rank}.json")
+        observe.logged(engine, sleeper.model)
+        observe.summed(engine)
         return measured
 
 
 def _memory_comes_back(sleeper: Sleeper) -> dict[str, Any]:
     engine = sleeper.engine
-    awake = rss(engine)
+    awake, held = rss(engine), engine.stats().memory
+    assert held.keys() == set(TAGS) and held["cuda_graph"] == 0
     engine.release_memory_occupation(["kv_cache"])
     without_kv = rss(engine)
+    assert engine.stats().memory == {**held, "kv_cache": 0}
     engine.release_memory_occupation(["weights"])
     without_weights = rss(engine)
-    assert engine.sleeping == ("weights", "kv_cache")
+    assert engine.sleeping == ("weights", "kv_cache") and not any(engine.stats().memory.values())
     # The staged wake.
     engine.resume_memory_occupation(["weights"])
     sleeper.check_update()
@@ -91,9 +98,16 @@ def _memory_comes_back(sleeper: Sleeper) -> dict[str, Any]:
     assert rss(engine) - without_weights < 1.5 * (without_kv - without_weights)  # no KV cache yet
     engine.resume_memory_occupation(["kv_cache"])
     sleeper.check_serves()
+    assert engine.stats().memory == held
+    expected = {
+        "kv_cache": KV_TOKENS * KV_BYTES_PER_TOKEN,
+        "weights": sleeper.stats.local_bytes + sleeper.stats.remote_bytes,
+    }
+    for tag, size in expected.items():
+        assert size <= held[tag] < 1.1 * size, f"{tag}: {held[tag]} bytes are reported of {size}"
     return {
-        "kv_cache": [awake - without_kv, KV_TOKENS * KV_BYTES_PER_TOKEN],
-        "weights": [without_kv - without_weights, sleeper.stats.local_bytes + sleeper.stats.remote_bytes],
+        "kv_cache": [awake - without_kv, expected["kv_cache"]],
+        "weights": [without_kv - without_weights, expected["weights"]],
     }
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import signal
+import random
+import time
+from itertools import cycle
 from typing import Any
 
 import models
 import pytest
 import torch
+import torch.distributed as dist
 
-from integration.scenarios.common import GREEDY, PROMPTS, greedy, shard
+from integration.scenarios import failures
+from integration.scenarios.common import greedy, shard
 from spmd_engine import LinkSpeeds, UpdateStats, errors
+
+STEPS = 30
 
 
 def unmapped_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,6 +125,52 @@ def explain(context: Any, path: str) -> dict[str, Any]:
         return report.to_dict()
 
 
+def racing_steps(context: Any, path: str, shape: dict[str, int]) -> None:
+    """Ranks step their optimizers as late before an update, and as early after it, as they can.
+
+    Each step adds a half to all weights or takes it away again, exactly: an update that reads a shard too early or too
+    late shows in the checksums.
+    """
+    with context.engine(path, context.world) as engine:
+        model = models.make_model("llama", seed=2, dtype=torch.float32, **shape)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_((parameter * 1024).round() / 1024)
+        shard(model, context.world)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        signs = cycle((-0.5, 0.5))
+
+        def step() -> None:
+            sign = next(signs)
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, sign)
+            optimizer.step()
+
+        engine.update_weights(model, verify=True)
+        before = engine.weight_checksums()
+        step()
+        engine.update_weights(model, verify=True)
+        expected = engine.weight_checksums()
+        assert expected != before
+        dist.barrier()
+        step()
+        together = random.Random(5)
+        for number in range(STEPS):
+            late_before, late_after = together.randrange(context.world), together.randrange(context.world)
+            if context.rank == late_before:
+                time.sleep(together.uniform(0.0, 0.01))
+            else:
+                together.random()
+            step()
+            stats = engine.update_weights(model, verify=number % 4 == 0)
+            if context.rank != late_after:
+                step()
+            assert engine.weight_checksums() == expected, f"update {number}"
+            if context.rank == late_after:
+                step()
+            assert not stats.planned and not stats.wrong_elements
+
+
 def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
     """What a source may be, and what it may not: refusals leave the engine alive with its old weights."""
     with context.engine(path, context.world) as engine:
@@ -207,14 +259,5 @@ def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
         assert engine.weight_checksums() == expected
 
         # Ctrl-C in the middle ends the engine rather than leaving half a message behind.
-        def interrupt(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with pytest.raises((KeyboardInterrupt, errors.SchedulerDiedError, errors.EngineClosedError)):
-            engine.generate(input_ids=PROMPTS, sampling_params={**GREEDY, "max_new_tokens": 200})
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        with pytest.raises((errors.EngineClosedError, errors.SchedulerDiedError)):
-            engine.generate(input_ids=PROMPTS)
+        failures.interrupted(context, engine, lambda: failures.long_rollout(engine))
         return {}

@@ -1,0 +1,23 @@
+"""Qwen2 with a loader that looks at values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from sglang.srt.models import qwen2
+
+
+class Qwen2ForCausalLM(qwen2.Qwen2ForCausalLM):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().load_weights(_checked(weights))
+
+
+def _checked(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        if name == "model.norm.weight" and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} is not finite")
+        yield name, tensor
+
+
+EntryClass = Qwen2ForCausalLM

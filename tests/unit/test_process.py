@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from spmd_engine.channel import PROTOCOL, Failed, LinkAddress, Start
+from spmd_engine.process import SchedulerProcess, open_log
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Of a process that fails as soon as it looks at what it was handed as its listening socket."""
+    link = LinkAddress(ranks=(3,), host="127.0.0.1", port=1, token="", listener_fd=os.open(os.devnull, os.O_RDONLY))
+    return Start(
+        protocol=PROTOCOL,
+        rank=3,
+        tp_rank=0,
+        link=link,
+        model_path="",
+        server_args={},
+        random_seed=0,
+        store_port=0,
+        store_fd=-1,
+        gpu_id=0,
+        on_cpu=True,
+        node="",
+        nnodes=1,
+        node_rank=0,
+        host="127.0.0.1",
+        trainer_pid=os.getpid(),
+        scratch=str(tmp_path / "scratch"),
+        timeout_s=60.0,
+        weight_version=0,
+        is_restart=False,
+    )
+
+
+@pytest.mark.parametrize("disk_is_full", [False, True])
+def test_a_failure_is_reported_wherever_the_log_goes(start, tmp_path, disk_is_full):
+    log = open("/dev/full", "w+b") if disk_is_full else open_log(tmp_path / "logs", 3)  # noqa: SIM115
+    descriptors = len(os.listdir("/proc/self/fd"))
+    process = SchedulerProcess(start, env=dict(os.environ), log=log)
+    try:
+        message = process.recv(timeout_s=60.0)
+        assert isinstance(message, Failed) and message.error.rank == 3
+        assert message.error.kind == "SchedulerError" and "OSError" in message.error.message
+        assert process.wait(60.0) == 1
+        assert disk_is_full or "Traceback" in process.log_tail()
+    finally:
+        process.stop(grace_s=0.0)
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 2  # the log, and what was handed over
+
+
+def test_logs_are_their_owners(tmp_path):
+    with open_log(tmp_path / "new", 3) as one, open_log(tmp_path / "new", 3) as two:
+        assert one.fileno() != two.fileno()
+    files = list((tmp_path / "new").iterdir())
+    assert len(files) == 2 and all(path.name.startswith("scheduler-rank3-") for path in files)
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
