@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import models
 import pytest
 
-from integration.jobs import run_job
+from integration.jobs import environment, run_job
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "multi_turn_tools.py"
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +40,14 @@ def test_many_at_once(tmp_path, checkpoint):
 @pytest.mark.one_version
 def test_death(tmp_path, checkpoint, leaves_nothing):
     run_job("serve.death", 2, tmp_path, path=checkpoint("qwen2", 1))
+
+
+@pytest.mark.one_version
+def test_conversations_with_a_tool(tmp_path):
+    """The example runs; it checks by itself that engine and trainer agree on the log-probabilities."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
+    done = subprocess.run(
+        [*launch, "--rounds", "1"], env=environment(tmp_path), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "round 1: 24 conversations" in done.stdout and "tool: " in done.stdout
