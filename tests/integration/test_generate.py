@@ -19,6 +19,7 @@ def test_forms_and_lockstep(tmp_path, checkpoint):
     assert ranks[0] == ranks[1]
 
 
+@pytest.mark.one_version
 def test_under_torchrun(tmp_path, checkpoint):
     ranks = run_job(
         "weights.reference", 2, tmp_path, torchrun=True, path=checkpoint("qwen2", 1), tp=2, generates=True
@@ -30,6 +31,7 @@ def test_wrong_calls(tmp_path, checkpoint):
     run_job("generate.bad_requests", 2, tmp_path, path=checkpoint("qwen2", 1))
 
 
+@pytest.mark.one_version
 def test_a_call_from_a_second_thread_is_refused_on_all_ranks(tmp_path, checkpoint):
     run_job("generate.overlapping", 2, tmp_path, path=checkpoint("qwen2", 1))
 

@@ -14,6 +14,7 @@ def test_the_trainer_process_stays_as_it_was(tmp_path, checkpoint, leaves_nothin
     run_job("life.purity", 2, tmp_path, path=checkpoint("qwen2", 1))
 
 
+@pytest.mark.one_version
 def test_an_idle_scheduler_process_uses_no_cpu(tmp_path, checkpoint):
     values = run_job("life.idle", 2, tmp_path, path=checkpoint("qwen2", 1)).values
     assert all(value["share"] < 0.01 for value in values), values
@@ -23,6 +24,7 @@ def test_wrong_starts(tmp_path, checkpoint):
     run_job("life.bad_starts", 2, tmp_path, path=checkpoint("qwen2", 1))
 
 
+@pytest.mark.one_version
 def test_heads_that_tp_does_not_divide(tmp_path, checkpoint):
     path = checkpoint("qwen2", 1, num_attention_heads=3, num_key_value_heads=3, hidden_size=48)
     run_job("life.heads_not_divisible", 2, tmp_path, path=path)
@@ -54,6 +56,7 @@ def test_kill_of_a_trainer_rank_takes_its_scheduler_process_along(tmp_path, chec
         assert gone_within(int((tmp_path / f"scheduler{rank}.pid").read_text()), 5.0)
 
 
+@pytest.mark.one_version
 def test_exit_without_shutdown(tmp_path, checkpoint, leaves_nothing):
     run_job("life.exit_without_shutdown", 1, tmp_path, path=checkpoint("qwen2", 1))
     assert gone_within(int((tmp_path / "scheduler0.pid").read_text()), 5.0)
@@ -74,5 +77,6 @@ def test_two_engines_in_one_job(tmp_path, checkpoint, leaves_nothing):
     run_job("failures.neighbours", 2, tmp_path, path=checkpoint("qwen2", 1), other=checkpoint("llama", 1))
 
 
+@pytest.mark.one_version
 def test_a_rank_that_shuts_down_early(tmp_path, checkpoint):
     run_job("life.peer_shuts_down", 2, tmp_path, path=checkpoint("qwen2", 1))

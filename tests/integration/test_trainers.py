@@ -7,6 +7,7 @@ import pytest
 from integration.jobs import run_job
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
 def test_shards_are_where_their_layout_says(tmp_path, kind):
     run_job(f"trainers.{kind}", 4, tmp_path)

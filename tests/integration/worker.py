@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+PATIENCE_S = 5.0  # a peer may have been killed
 
 
 @dataclass
@@ -45,7 +48,18 @@ def main() -> None:
     value = run(context, **arguments)
     (directory / f"rank{context.rank}.json").write_text(json.dumps(value))
     sys.stdout.flush()
+    wait_for_others(context)
     os._exit(0)  # a peer that a test has killed must not hold up the exit
+
+
+def wait_for_others(context: Context) -> None:
+    """Rank 0 serves the store that all ranks use till their end."""
+    with contextlib.suppress(dist.DistError):
+        store = dist.distributed_c10d._get_default_store()
+        over, deadline = store.add("worker/over", 1), time.monotonic() + PATIENCE_S
+        while context.rank == 0 and over < context.world and time.monotonic() < deadline:
+            time.sleep(0.02)
+            over = store.add("worker/over", 0)
 
 
 if __name__ == "__main__":
