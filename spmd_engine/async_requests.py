@@ -11,14 +11,15 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from spmd_engine import requests as req
 from spmd_engine.caller import Caller, copy_of
-from spmd_engine.channel import Abort, Progress, Refused, Submit
-from spmd_engine.errors import CollectiveTimeoutError, InvalidRequestError
+from spmd_engine.channel import Abort, Held, Progress, Refused, Submit
+from spmd_engine.errors import CollectiveTimeoutError, InvalidRequestError, SpmdEngineError
 from spmd_engine.requests import GenerateOutput, GenerateRequest, Increment, TextStream
 
 _LIVENESS_S = 1.0
@@ -102,6 +103,7 @@ class AsyncRequests:
         self._finished = finished
         self._sequences: dict[str, _Sequence] = {}
         self._names: dict[str, list[str]] = {}  # the sequences of each request
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._count = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
@@ -109,12 +111,11 @@ class AsyncRequests:
         self._is_watching = False
         self._timer: asyncio.TimerHandle
         self._heard = 0.0
-        self.is_paused = False
-        caller.on_message = self._message_elsewhere
-        caller.on_end = self._end_elsewhere
-
-    def __len__(self) -> int:
-        return len(self._sequences)
+        self._is_held = False
+        # What has come, in the order in which it came: appended by whoever reads the channel, taken by the event loop.
+        self._inbox: deque[object] = deque()
+        caller.on_message = self._notice
+        caller.on_end = self._notice
 
     # ---- the caller's side ----
 
@@ -133,8 +134,10 @@ class AsyncRequests:
             RuntimeError: requests run in another event loop.
         """
         loop = asyncio.get_running_loop()
+        if self._loop is not None and self._loop.is_closed():
+            self._forget_all()
         if self._sequences and loop is not self._loop:
-            raise RuntimeError("requests of this engine run in another event loop: use one for all of them")
+            raise InvalidRequestError("requests of this engine run in another event loop: use one for all of them")
         if request_id is not None and request_id in self._names:
             raise InvalidRequestError(f"request_id {request_id!r} runs already: give each request an id of its own")
         self._caller.check_alive()
@@ -146,12 +149,11 @@ class AsyncRequests:
             self._heard = time.monotonic()
         self._sequences.update({one.rid: one for one in made})
         self._names[name] = [one.rid for one in made]
-        self._is_watching = self._is_watching and loop is self._loop  # one that was closed watches no more
         self._loop, self._thread = loop, threading.get_ident()
         self._watch()
         self._caller.send(Submit({one.rid: one.request for one in made}, stream))
         if timeout_s is not None:
-            loop.call_later(timeout_s, self._time_out, name, made, timeout_s)
+            self._timers[name] = loop.call_later(timeout_s, self.abort, name, f"timed out after {timeout_s:g} s")
         return name, made
 
     async def wait(self, name: str, sequences: list[_Sequence], *, with_text: bool) -> list[dict[str, Any]]:
@@ -172,8 +174,13 @@ class AsyncRequests:
         finally:
             self._drop(name, sequences)
 
-    async def stream(self, name: str, sequences: list[_Sequence], *, with_text: bool) -> AsyncIterator[dict[str, Any]]:
+    def stream(self, name: str, sequences: list[_Sequence], *, with_text: bool) -> Stream:
         """What comes, as it comes."""
+        return Stream(self._parts(name, sequences, with_text), lambda: self._drop(name, sequences))
+
+    async def _parts(
+        self, name: str, sequences: list[_Sequence], with_text: bool
+    ) -> AsyncGenerator[dict[str, Any], None]:
         texts = [TextStream(one.request, self._tokenizer) if self._tokenizer else None for one in sequences]
         try:
             left = len(sequences)
@@ -185,11 +192,11 @@ class AsyncRequests:
                 is_over = any(more.finish_reason is not None for more in increments)
                 (result,) = self._format([one], [one.output(increments)], name, with_text)
                 text = texts[one.index]
-                if text is not None:
+                if text is not None and not is_over:
                     result["text"] = text.add(result["output_ids"])
-                    if is_over:
-                        (whole,) = self._format([one], [one.output()], name, False)
-                        result["text"] += text.finish(whole["text"])
+                elif text is not None:  # without what SGLang cuts off at its end
+                    (whole,) = self._format([one], [one.output()], name, False)
+                    result["text"] = text.finish(whole["text"])
                 result["meta_info"]["finish_reason"] = one.finish_reason if is_over else None
                 if len(sequences) > 1:
                     result["index"] = one.index
@@ -222,23 +229,29 @@ class AsyncRequests:
             self._caller.send(Abort(tuple(running)))
         return len(running)
 
-    def _time_out(self, name: str, sequences: list[_Sequence], timeout_s: float) -> None:
-        if self._names.get(name) == [one.rid for one in sequences]:
-            self.abort(name, f"timed out after {timeout_s:g} s")
-
     def _drop(self, name: str, sequences: list[_Sequence]) -> None:
         """Nobody waits for these any more."""
         self.abort(name, "nobody waits for it any more")
         self._names.pop(name, None)
+        if (timer := self._timers.pop(name, None)) is not None:
+            timer.cancel()
         for one in sequences:
             self._sequences.pop(one.rid, None)
         if not self._sequences:
             self._unwatch()
 
+    def _forget_all(self) -> None:
+        """The event loop that waited for these was closed."""
+        self.abort(None, "nobody waits for it any more")
+        self._sequences.clear()
+        self._names.clear()
+        self._timers.clear()
+        self._is_watching = False
+
     # ---- the channel ----
 
     def _watch(self) -> None:
-        if self._sequences and not self._is_watching and self._loop is not None:
+        if self._sequences and not self._is_watching and self._loop is not None and self._caller.fileno() >= 0:
             self._fd = self._caller.fileno()
             self._loop.add_reader(self._fd, self._readable)
             self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
@@ -252,30 +265,41 @@ class AsyncRequests:
 
     def _readable(self) -> None:
         """Called by the event loop when something has come."""
-        with contextlib.suppress(Exception):  # every sequence has it, from `_end`
-            if not self._caller.poll(self._take):
+        with contextlib.suppress(SpmdEngineError):  # every sequence has it, from `_end`
+            if not self._caller.poll(self._inbox.append):
                 self._unwatch()  # a call in another thread reads, and passes on what it finds
+                self._heard = time.monotonic()
                 assert self._loop is not None
                 self._loop.call_later(_NEXT_LOOK_S, self._watch)
+        self._drain()
 
     def _check_progress(self) -> None:
         """Nothing may stay silent for ever."""
         running = any(not one.is_over for one in self._sequences.values())
         silent_s = time.monotonic() - self._heard
-        if running and not self.is_paused and silent_s > self._timeout_s:
+        if running and not self._is_held and silent_s > self._timeout_s:
             error = CollectiveTimeoutError(
                 f"nothing was heard of {len(self._sequences)} running requests for {silent_s:.0f} s"
             )
             with contextlib.suppress(CollectiveTimeoutError):
-                self._caller.fail(error)
-            return
-        assert self._loop is not None
-        self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
+                self._caller.fail_if_idle(error)
+        if self._is_watching and self._loop is not None:
+            self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
+
+    def _drain(self) -> None:
+        """Take what has come, in the thread of the event loop."""
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Exception):
+                self._end(message)
+            else:
+                self._take(message)
 
     def _take(self, message: object) -> None:
-        """A message that came while requests run, in the thread of the event loop."""
         self._heard = time.monotonic()
-        if isinstance(message, Progress):
+        if isinstance(message, Held):
+            self._is_held = message.is_held
+        elif isinstance(message, Progress):
             for more in message.increments:
                 if (one := self._sequences.get(more.rid)) is not None:
                     one.take(more)
@@ -295,18 +319,38 @@ class AsyncRequests:
                 one.error = copy_of(error)
                 one.news.put_nowait(one)
 
-    # ---- news from calls, of this thread or another ----
-
-    def _message_elsewhere(self, message: object) -> None:
-        self._later(self._take, message)
-
-    def _end_elsewhere(self, error: Exception) -> None:
-        self._later(self._end, error)
-
-    def _later(self, action: Callable[..., None], *arguments: Any) -> None:
+    def _notice(self, message: object) -> None:
+        """Something that a call has read, in this thread or another, or the error with which the engine ended."""
+        self._inbox.append(message)
         if self._loop is None or self._loop.is_closed():
-            return
-        if threading.get_ident() == self._thread:
-            action(*arguments)
+            self._inbox.clear()
+        elif threading.get_ident() == self._thread:
+            self._drain()
         else:
-            self._loop.call_soon_threadsafe(action, *arguments)
+            with contextlib.suppress(RuntimeError):  # it was closed just now
+                self._loop.call_soon_threadsafe(self._drain)
+
+
+class Stream:
+    """What comes of a request, as it comes. To leave it, or to close it, ends the request."""
+
+    def __init__(self, parts: AsyncGenerator[dict[str, Any], None], drop: Callable[[], None]) -> None:
+        self._parts, self._drop = parts, drop
+        self._has_begun = False
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        self._has_begun = True
+        return await anext(self._parts)
+
+    async def aclose(self) -> None:
+        """End the request, if it has not ended."""
+        await self._parts.aclose()
+        self.__del__()
+
+    def __del__(self) -> None:
+        if not self._has_begun:  # else the generator does it
+            self._has_begun = True
+            self._drop()

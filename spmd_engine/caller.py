@@ -298,6 +298,14 @@ class Caller:
         self._finalizer.detach()
         raise error
 
+    def fail_if_idle(self, error: SpmdEngineError) -> None:
+        """`fail`, unless a call in another thread is under way, which has a timeout of its own."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self.fail(error)
+            finally:
+                self._lock.release()
+
     def check_owner(self) -> None:
         """Raise in a forked copy of the trainer: what it sent would be mixed with what the trainer sends."""
         if os.getpid() != self._owner_pid:

@@ -6,6 +6,7 @@ dataclasses below. Links between scheduler processes, which do cross a network, 
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import select
@@ -184,6 +185,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Whether requests that were submitted stand still: nothing will come of them meanwhile."""
+
+    is_held: bool
+
+
+@dataclass(frozen=True)
 class Refused:
     """Requests that did not begin, and why."""
 
@@ -246,6 +254,18 @@ class Channel:
         poller = select.poll()
         poller.register(self.sock, select.POLLIN)
         return bool(poller.poll(0))
+
+    def send_last(self, message: object, *, timeout_s: float) -> None:
+        """Send one message before this process ends, if the other end takes it within some seconds.
+
+        Raises:
+            ChannelClosed: it did not.
+        """
+        if not self._send_lock.acquire(timeout=timeout_s):
+            raise ChannelClosed("another thread waits for the other end to read")
+        self._send_lock.release()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout_s), 0))
+        self.send(message)
 
     def send(self, message: object, fds: tuple[int, ...] = ()) -> None:
         """Send one message, with open file descriptors if given.

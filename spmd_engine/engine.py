@@ -38,8 +38,9 @@ class SpmdEngine:
     """SGLang inside the ranks of a trainer.
 
     Every rank of `device_mesh_cpu` starts the scheduler process of its own tensor-parallel rank and talks to it alone.
-    All methods but `shutdown` are collective over the ranks of the mesh: call them in the same order with the same
-    arguments. Several meshes in one job make several replicas.
+    All methods but `async_generate` and its companions (`abort`, `pause`, `resume`), `stats` and `shutdown` are
+    collective over the ranks of the mesh: call them in the same order with the same arguments. Several meshes in one
+    job make several replicas.
 
     Args:
         model_path: a directory or hub name that SGLang can load.
@@ -400,13 +401,11 @@ class SpmdEngine:
         replica may update weights, or release memory and resume it.
         """
         self._check_leader("pause")
-        self._requests.is_paused = True
         self._caller.send(Pause())
 
     def resume(self) -> None:
         """Go on with requests that were paused, as soon as weights and memory allow it."""
         self._check_leader("resume")
-        self._requests.is_paused = False
         self._caller.send(Resume())
 
     def _check_leader(self, what: str) -> None:

@@ -25,7 +25,10 @@ class CollectiveTimeoutError(SpmdEngineError):
 
 
 class EngineBusyError(SpmdEngineError):
-    """Another thread of this rank was inside a call of the engine. Raised on all ranks; the engine stays usable."""
+    """Another thread of this rank was inside a call of the engine, or its requests are paused.
+
+    Raised on all ranks; the engine stays usable.
+    """
 
 
 class EngineClosedError(SpmdEngineError):

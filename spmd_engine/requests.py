@@ -44,6 +44,15 @@ class GenerateRequest:
             ) from error
         return header, self.input_ids.tobytes()
 
+    def as_told(self) -> GenerateRequest:
+        """This request as it is after a frame has been sent and received.
+
+        Raises:
+            InvalidRequestError: see `to_frame`.
+        """
+        header, blob = self.to_frame()
+        return GenerateRequest.from_frame(json.loads(json.dumps(header)), blob)
+
     @staticmethod
     def from_frame(header: dict[str, Any], blob: bytes) -> GenerateRequest:
         """What `to_frame` made."""
@@ -263,26 +272,34 @@ class TextStream:
     """
 
     def __init__(self, request: GenerateRequest, tokenizer: Any) -> None:
-        self._request, self._tokenizer = request, tokenizer
+        self._tokenizer, self._options = tokenizer, _decoding_options(request)
         self._ids = list(request.input_ids[-_SURROGATE_TOKENS:])
-        self._begin, self._shown = 0, len(self._ids)  # tokens before `_begin` cannot change the text any more
-        self._length = 0
+        self._begin, self._decoded = 0, len(self._ids)  # tokens before `_begin` cannot change the text any more
+        self._text = ""
+        self._shown = 0
+        stop = request.sampling_params.get("stop") or ()
+        self._stops = [stop] if isinstance(stop, str) else list(stop)
 
     def add(self, ids: list[int]) -> str:
-        """The text that further tokens add; what may be half of a character waits for the next ones."""
+        """The text that further tokens add. What may be half of a character, or of a stop string, waits."""
         self._ids += ids
-        options = _decoding_options(self._request)
-        before = self._tokenizer.decode(self._ids[self._begin : self._shown], **options)
-        text = self._tokenizer.decode(self._ids[self._begin :], **options)
-        if len(text) <= len(before) or text.endswith("\ufffd"):
-            return ""
-        self._begin, self._shown = self._shown, len(self._ids)
-        self._length += len(text) - len(before)
-        return str(text[len(before) :])
+        before = self._tokenizer.decode(self._ids[self._begin : self._decoded], **self._options)
+        text = self._tokenizer.decode(self._ids[self._begin :], **self._options)
+        if len(text) > len(before) and not text.endswith("\ufffd"):
+            self._begin, self._decoded = self._decoded, len(self._ids)
+            self._text += text[len(before) :]
+        end = len(self._text) - max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        shown, self._shown = self._shown, max(self._shown, end)
+        return self._text[shown : self._shown]
 
     def finish(self, whole: str) -> str:
         """The rest of the `whole` text."""
-        return whole[self._length :]
+        return whole[self._shown :]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` with which `stop` may begin."""
+    return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _decoding_options(request: GenerateRequest) -> dict[str, Any]:

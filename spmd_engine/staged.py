@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from spmd_engine import links, transfer
+from spmd_engine import _native, links, transfer
 from spmd_engine.errors import TransferError
 from spmd_engine.handles import Exporter, OpenHandles, ShardMemory
 from spmd_engine.links import Frame
@@ -117,6 +117,8 @@ class StagedTransfer:
 
     def offer(self) -> Frame:
         """What the other ranks must know of this one's buckets."""
+        if self._device.type == "cpu":
+            _native.allow_ptrace_by_any()  # other ranks of this node read them
         addresses = np.array([bucket.data_ptr() for bucket in self._buckets], np.uint64)
         sizes = np.array([bucket.nbytes for bucket in self._buckets], np.uint64)
         index = None if self._device.type == "cpu" else self._device.index or 0

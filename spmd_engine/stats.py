@@ -63,7 +63,8 @@ class EngineStats:
         sleeping: tags of the memory that is released now.
         rollouts: `generate` calls that returned.
         generate_s: seconds of these calls.
-        sequences, prompt_tokens, completion_tokens: what they took and made; `n > 1` counts a prompt n times.
+        sequences, prompt_tokens, completion_tokens: what they took and made, and `async_generate` on the leader, too;
+            `n > 1` counts a prompt n times.
         cached_tokens: prompt tokens that the prefix cache had.
         updates: weight updates committed.
         update_s: seconds of these calls.

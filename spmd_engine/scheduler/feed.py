@@ -12,11 +12,13 @@ its turn once they have finished, or are paused.
 from __future__ import annotations
 
 import contextlib
+import queue
 import select
 import socket
+import threading
 import time
 from array import array
-from dataclasses import replace
+from itertools import groupby
 from typing import Any, NoReturn
 
 from spmd_engine.channel import (
@@ -26,6 +28,7 @@ from spmd_engine.channel import (
     ChannelClosed,
     Coming,
     Descriptors,
+    Held,
     LinkAddress,
     Pause,
     Phase,
@@ -73,6 +76,9 @@ class Feed:
         self._is_paused = False
         self._wants_resume = False
         self._is_coming = False  # a weight update, at once
+        self._hub_has_left = False
+        self._reports: queue.SimpleQueue[Increment | Refused | Held] = queue.SimpleQueue()
+        threading.Thread(target=self._write_reports, daemon=True, name="spmd_engine-reports").start()
         watchdog.is_generating = lambda: self._running is not None or bool(self.outputs.served)
 
     def attach(self, scheduler: Any) -> None:
@@ -120,31 +126,54 @@ class Feed:
     # ---- requests beside others ----
 
     def _report(self, increments: list[Increment]) -> None:
+        for increment in increments:
+            self._reports.put(increment)
+
+    def _write_reports(self) -> None:
+        """A thread: the trainer may be busy and not read, and this process must not wait for it."""
         with contextlib.suppress(ChannelClosed):  # the watchdog sees a trainer that is gone
-            self._channel.send(Progress(increments))
+            while True:
+                batch = [self._reports.get()]
+                while not self._reports.empty():
+                    batch.append(self._reports.get())
+                for is_increment, items in groupby(batch, key=lambda item: isinstance(item, Increment)):
+                    for message in [Progress(list(items))] if is_increment else items:
+                        self._channel.send(message)
 
     def _ticket_of_this_turn(self) -> Ticket:
         """What is new while requests run."""
+        if not self._is_hub:
+            while (frame := self._wait_for_either()) is None:
+                pass
+            return _as_ticket(frame)
         while self._channel.is_readable():
             self._take_message()
-        if self._is_hub:
-            return self._issue()
-        try:
-            return _as_ticket(self._links[self._replica].hear(timeout_s=self._start.timeout_s))
-        except (PeerGone, LinkTimeout) as error:
-            self._broken(error, "requests that run beside others")
+        self._admit()
+        return self._issue()
+
+    def _admit(self) -> None:
+        """Submit what came while it could not begin: behind a collective call, or while all stand still."""
+        while self._later and self._pending is None and not self._is_paused and not self._next_ticket.pause:
+            self._submit(self._later.pop(0))
 
     def _issue(self) -> Ticket:
         """Tell the other ranks of the next ticket."""
-        if self._next_ticket.pause and not adapter.can_pause(self._scheduler):
-            ticket, self._next_ticket = replace(self._next_ticket, pause=False), Ticket(pause=True)
-        else:
-            ticket, self._next_ticket = self._next_ticket, Ticket()
+        self._check_all_here()
+        ticket, self._next_ticket = self._next_ticket, Ticket()
+        # What begins or ends in the same turn would not be stopped by a pause.
+        if ticket.pause and (ticket.submits or ticket.aborts or not adapter.can_pause(self._scheduler)):
+            ticket.pause, self._next_ticket.pause = False, True
         try:
             self._links[self._replica].tell(*ticket.to_frame())
         except PeerGone as error:
             self._broken(error, "requests that run beside others")
         return ticket
+
+    def _check_all_here(self) -> None:
+        """No rank of the replica may have shut its engine down when requests begin or go on."""
+        for rank in sorted(self._watchdog.departed & set(self._replica)):
+            message = f"rank {rank} has shut its engine down: no request can run"
+            self._watchdog.die(ErrorReport("EngineClosedError", message, rank))
 
     def _apply(self, ticket: Ticket) -> list[Any]:
         """A ticket as SGLang's messages."""
@@ -160,9 +189,11 @@ class Feed:
         if ticket.pause and not self._is_paused:
             messages.append(adapter.make_pause())
             self._is_paused = True
+            self._reports.put(Held(True))
         if ticket.resume and self._is_paused:
             messages.append(adapter.make_resume())
             self._is_paused = False
+            self._reports.put(Held(False))
         self._weights.is_inspected = False
         return messages
 
@@ -173,23 +204,25 @@ class Feed:
             if error is not None:
                 raise error
             self._weights.check_consistent()
+            # As the other ranks will see them.
+            submit = Submit({rid: request.as_told() for rid, request in submit.requests.items()}, submit.stream)
             for rid, request in submit.requests.items():
-                request.to_frame()
                 adapter.make_request(request, rid, self._scheduler)
         except SpmdEngineError as error:
             report = ErrorReport(type(error).__name__, str(error), self._start.rank)
-            self._channel.send(Refused(tuple(submit.requests), report))
+            self._reports.put(Refused(tuple(submit.requests), report))
             return
         self._next_ticket.submits.append(submit)
 
     def _hold(self, call: Call) -> None:
         """Keep a collective call until no request runs; an update may say that they shall not run that long."""
         self._pending, self._is_coming = call, False
-        if call.kind == "update_weights" and self._is_hub and self.outputs.served:
+        if call.kind == "update_weights" and self._is_hub:
+            waiting = [rid for submit in self._next_ticket.submits for rid in submit.requests]
             if call.payload["running"] == "abort":
-                self._next_ticket.aborts += list(self.outputs.served)
-            elif call.payload["running"] == "pause" and not self._is_paused:
-                self._next_ticket.pause = self._wants_resume = True
+                self._abort((*self.outputs.served, *waiting))
+            elif call.payload["running"] == "pause" and not self._is_paused and not self._next_ticket.pause:
+                self._next_ticket.pause = self._wants_resume = bool(self.outputs.served or waiting)
 
     def _abort(self, rids: tuple[str, ...]) -> None:
         """End requests, those that have not begun included."""
@@ -216,35 +249,47 @@ class Feed:
     def _next_call(self) -> Call | Ticket:
         """What comes next while nothing runs: a collective call, or requests beside others."""
         while True:
-            if self._pending is None:
-                while self._later:
-                    self._submit(self._later.pop(0))
-                if self._wants_resume and self._may_resume():
-                    self._next_ticket.resume, self._wants_resume = True, False
-                if self._next_ticket != Ticket():
-                    return self._issue()
-            elif self._next_ticket != Ticket():
+            self._admit()
+            if self._pending is None and self._wants_resume and self._may_resume():
+                self._next_ticket.resume, self._wants_resume = self._is_paused, False
+            if self._next_ticket != Ticket():
                 return self._issue()
             if self._pending is not None:
                 return self._pending
-            if self._is_hub or self._is_coming:
+            if self._is_hub or self._hub_has_left:
                 self._take_message()
             elif (frame := self._wait_for_either()) is not None:
                 return _as_ticket(frame)
 
     def _wait_for_either(self) -> Frame | None:
-        """Wait for the trainer, whose message is taken, or for the first rank, whose frame is returned."""
+        """Wait for the first rank, whose frame is returned, or for the trainer, whose message is taken."""
         links = self._links[self._replica]
+        hub = links.data[links.hub]
         poller = select.poll()
         poller.register(self._channel, select.POLLIN)
-        poller.register(links.data[links.hub], select.POLLIN)
-        if self._channel.fileno() in (fd for fd, _ in poller.poll()):
+        poller.register(hub, select.POLLIN)
+        end = time.monotonic() + (self._spin_s if self._is_coming else 0.0)
+        while not (ready := poller.poll(0)) and time.monotonic() < end:
+            pass
+        if hub.fileno() not in (fd for fd, _ in ready or poller.poll()):
             self._take_message()
             return None
         try:
             return links.hear(timeout_s=self._start.timeout_s)
-        except (PeerGone, LinkTimeout) as error:
+        except PeerGone as error:
+            if self.outputs.served or not self._has_departed(error.rank):
+                self._broken(error, "no call")
+            self._hub_has_left = True  # whoever calls next will hear of it
+            return None
+        except LinkTimeout as error:
             self._broken(error, "no call")
+
+    def _has_departed(self, rank: int) -> bool:
+        """Whether a rank whose link is closed has shut its engine down: it says so on another way."""
+        deadline = time.monotonic() + _DEPARTURE_GRACE_S
+        while rank not in self._watchdog.departed and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return rank in self._watchdog.departed
 
     def _take_message(self) -> None:
         """Wait for a message from the trainer, and do what it says or remember it."""
@@ -265,16 +310,17 @@ class Feed:
         elif isinstance(message, Call):
             self._hold(message)
         elif isinstance(message, Submit):
-            if self._pending is None:
-                self._submit(message)
-            else:
-                self._later.append(message)
+            self._later.append(message)
+            self._admit()
         elif isinstance(message, Abort):
             self._abort(message.rids)
         elif isinstance(message, Pause):
-            self._next_ticket.pause, self._wants_resume = True, False
+            self._next_ticket.pause, self._wants_resume = not self._is_paused, False
         elif isinstance(message, Resume):
-            self._wants_resume, self._next_ticket.pause = not self._next_ticket.pause, False
+            if self._next_ticket.pause and self._pending is None:
+                self._next_ticket.pause = False  # it had not begun
+            else:
+                self._wants_resume = True
 
     def _perform(self, call: Call) -> Any:
         """Agree on `call` with the other ranks and do it; a batch for SGLang if it is a rollout."""
@@ -427,10 +473,7 @@ class Feed:
                 f"rank {me} was in {what} and {error}, which did not make the same call or itself waits for a rank"
             )
         else:
-            deadline = time.monotonic() + _DEPARTURE_GRACE_S
-            while error.rank not in self._watchdog.departed and time.monotonic() < deadline:
-                time.sleep(0.01)
-            departed = error.rank in self._watchdog.departed
+            departed = self._has_departed(error.rank)
             kind = "EngineClosedError" if departed else "SchedulerDiedError"
             how = f"rank {error.rank} had shut its engine down" if departed else str(error)
             message = f"rank {me} was in {what}, but {how}"

@@ -113,6 +113,8 @@ class Outputs:
             if output.rid in self._sequences:
                 self._finish(self._sequences[output.rid], reason, prompt_tokens=0, cached_tokens=0)
             elif output.rid in self.served:
+                if getattr(request, "output_ids", None):  # SGLang may not have sent all of them
+                    self.catch_up([request])
                 increments.append(self._advance(output.rid, self.served[output.rid], [], {}, dict(reason), 0, 0))
         if increments and self._report is not None:
             self._report(increments)

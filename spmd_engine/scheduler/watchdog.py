@@ -112,7 +112,7 @@ class Watchdog(threading.Thread):
             for links in self._links:
                 links.alarm({"kind": error.kind, "message": error.message, "rank": error.rank})
         with contextlib.suppress(ChannelClosed):
-            self._channel.send(Failed(error))
+            self._channel.send_last(Failed(error), timeout_s=2.0)
         print(f"[spmd_engine] rank {self.rank} ends: {error.kind}: {error.message}", file=sys.stderr, flush=True)
         os._exit(1)
 

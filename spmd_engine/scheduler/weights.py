@@ -216,7 +216,11 @@ class WeightsKeeper:
         copied = time.monotonic()
         self.is_inspected = False
         tried = max(state["version"] for state, _ in frames) + 1  # a death at a commit may have left ranks behind
-        self._finish(exchange({"error": error}, b""), ranks, tried)
+        outcome = exchange({"error": error}, b"")
+        if prepared.staged is not None and any(state["error"] is not None for state, _ in outcome):
+            self._networks.pop(ranks, None)  # it may be broken: the next update makes another
+            self._forget(key)
+        self._finish(outcome, ranks, tried)
         device_s, wrong_in_place = done[0]
         return UpdateStats(
             weight_version=self.version,
@@ -365,7 +369,10 @@ class WeightsKeeper:
         header, blob = offers[0] if error is None else ({}, b"")
         offered = exchange({"error": error, **header}, blob)
         raise_first(offered, ranks)
-        raise_first(exchange({"error": self.attempt(connect)}, b""), ranks)
+        frames = exchange({"error": self.attempt(connect)}, b"")
+        if any(state["error"] is not None for state, _ in frames):
+            self._networks.pop(ranks, None)  # some ranks may have joined it
+        raise_first(frames, ranks)
         return made[0]
 
     # ---- the copy and after ----

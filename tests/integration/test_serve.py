@@ -32,6 +32,11 @@ def test_mixture_with_collective_calls(tmp_path, checkpoint):
 
 
 @pytest.mark.one_version
+def test_replicas_over_one_trainer(tmp_path, checkpoint):
+    run_job("serve.replicas", 4, tmp_path, path=checkpoint("qwen2", 1))
+
+
+@pytest.mark.one_version
 def test_many_at_once(tmp_path, checkpoint):
     requests, seed = int(os.environ.get("SERVE_REQUESTS", "200")), int(os.environ.get("SERVE_SEED", "1"))
     run_job("serve.many", 2, tmp_path, path=checkpoint("qwen2", 1), requests=requests, seed=seed, timeout_s=600.0)

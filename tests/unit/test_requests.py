@@ -158,3 +158,11 @@ def test_text_comes_bit_by_bit_and_only_whole_characters(size):
         assert "\ufffd" not in more
         text += more
     assert text + stream.finish(bytes(ids).decode()) == bytes(ids).decode()
+
+
+def test_streamed_text_keeps_back_what_may_become_a_stop_string():
+    request = replace(build(input_ids=[65])[0][0], sampling_params={"stop": ["END", "xyz"]})
+    stream = TextStream(request, Bytes())
+    parts = [stream.add(list(part.encode())) for part in ("one E", "N", "G two E", "N")]
+    assert parts == ["one ", "", "ENG two ", ""]
+    assert stream.finish("one ENG two ") == ""

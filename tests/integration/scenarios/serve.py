@@ -130,6 +130,20 @@ def forms(context: Any, path: str) -> dict[str, Any]:
             ]
 
         leader(context, engine, program)
+
+        async def while_paused() -> None:
+            """A grammar that would be compiled during a pause waits for its end, and so does the cache's flush not."""
+            engine.pause()
+            rules = {**GREEDY, **constraints[0]}
+            waiting = asyncio.ensure_future(engine.async_generate(prompt=TEXTS[0], sampling_params=rules))
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(engine.flush_cache)
+            assert not waiting.done()
+            engine.pause()
+            engine.resume()
+            assert (await waiting)["text"] == constrained[str(constraints[0])]
+
+        asyncio.run(while_paused()) if engine.is_leader else engine.flush_cache()
         if not engine.is_leader:
             for call in (engine.abort, engine.pause, engine.resume):
                 with pytest.raises(errors.InvalidRequestError, match="is for the leader"):
@@ -245,6 +259,42 @@ def check_versions(context: Any, engine: Any, results: list[Any], before: int, l
         assert rest["output_ids"] == ids[made:]
 
 
+def replicas(context: Any, path: str) -> dict[str, Any]:
+    """Two replicas over one trainer: followers go straight to the update, while their leaders still have requests."""
+    engine = context.engine(path, 2, timeout_s=60.0)
+    model = shard(models.make_model("qwen2", seed=2), context.world)
+
+    async def rollout() -> None:
+        for _ in range(3):  # with gaps in between
+            params = {**GREEDY, "max_new_tokens": 10 + 10 * context.rank}
+            await asyncio.gather(*(engine.async_generate(input_ids=ids, sampling_params=params) for ids in PROMPTS))
+            await asyncio.sleep(0.05)
+
+    for _ in range(3):
+        if engine.is_leader:
+            asyncio.run(rollout())
+        engine.update_weights(model, running="pause")
+    dist.barrier()
+    if context.rank >= 2:  # the leader of the other replica goes first; nobody else minds
+        if context.rank == 3:
+            time.sleep(1.0)
+        engine.shutdown()
+    else:
+        deadline = time.monotonic() + 4.0
+        while time.monotonic() < deadline:
+            greedy(engine)
+    dist.barrier()
+    # Whoever asks for tokens without all ranks of the replica hears why there are none.
+    if context.rank == 1:
+        engine.shutdown()
+    dist.barrier()
+    if context.rank == 0:
+        with pytest.raises(errors.EngineClosedError, match="rank 1"):
+            asyncio.run(engine.async_generate(input_ids=[5, 6], sampling_params=GREEDY))
+    engine.shutdown()
+    return {}
+
+
 def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
     """Many requests at once, with random aborts, pauses and delays: all are accounted for."""
     with context.engine(path, context.world, timeout_s=60.0) as engine:
@@ -272,7 +322,7 @@ def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
 
         async def program(engine: Any) -> None:
             *results, _ = await asyncio.gather(*(one() for _ in range(requests)), hold())
-            assert len(results) == requests and len(engine._requests) == 0
+            assert len(results) == requests and not engine._requests._sequences
             kinds = {result["meta_info"]["finish_reason"]["type"] for result in results if result}
             assert kinds == {"length", "abort"}
 
