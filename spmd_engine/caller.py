@@ -156,17 +156,21 @@ class Caller:
             return False
         try:
             self.check_alive()
-            while self._process.channel.is_readable():
-                try:
-                    message = self._process.recv(timeout_s=0.0)
-                except ProcessDied:
-                    self.fail(self._own_death("asynchronous requests"))
-                if isinstance(message, Failed):
-                    self.fail(self._peer_failure(message))
-                take(message)
+            self._take_all(take, "asynchronous requests")
         finally:
             self._lock.release()
         return True
+
+    def _take_all(self, take: Callable[[object], None], phase: str) -> None:
+        """Hand over all messages that have come. Fails if the process has ended, or says that it ends."""
+        while self._process.channel.is_readable():
+            try:
+                message = self._process.recv(timeout_s=0.0)
+            except ProcessDied:
+                self.fail(self._own_death(phase))
+            if isinstance(message, Failed):
+                self.fail(self._peer_failure(message))
+            take(message)
 
     def _exchange(self, call: Call, kind: str, spin_s: float) -> Reply:
         def hear(message: Any) -> bool:
@@ -228,14 +232,7 @@ class Caller:
 
     def check_failed(self) -> None:
         """Raise if the scheduler process has ended or reported a failure meanwhile."""
-        while self._process.channel.is_readable():
-            try:
-                message = self._process.recv(timeout_s=0.0)
-            except ProcessDied:
-                self.fail(self._own_death("update_weights"))
-            if isinstance(message, Failed):
-                self.fail(self._peer_failure(message))
-            self.on_message(message)
+        self._take_all(self.on_message, "update_weights")
 
     def _own_death(self, phase: str) -> SchedulerDiedError:
         status = self._process.wait(5.0)

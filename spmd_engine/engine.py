@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -216,6 +216,7 @@ class SpmdEngine:
         *,
         verify: bool = False,
         running: str = "wait",
+        rename: Callable[[str], str] | None = None,
     ) -> UpdateStats:
         """Move new weights from the trainer's shards into SGLang's parameters.
 
@@ -230,6 +231,8 @@ class SpmdEngine:
             running: what becomes of requests of `async_generate` that run: "wait" until they have finished, "abort"
                 them, or "pause" them, which then go on with the new weights from the tokens that they have. Those
                 that `pause` has stopped stay stopped, and go on after `resume`.
+            rename: from a name in `source`, without what wrappers add, to the Hugging Face name of the weight. The same
+                function object as the last time spares a new description of the source.
 
         Returns:
             UpdateStats of this rank.
@@ -247,7 +250,9 @@ class SpmdEngine:
         def prepare() -> tuple[Any, str]:
             if running not in _RUNNING:
                 raise InvalidRequestError(f"running must be one of {list(_RUNNING)}, got {running!r}")
-            made = self._updates.prepare(source, verify=verify, running=running, watch=self._caller.check_failed)
+            made = self._updates.prepare(
+                source, verify=verify, running=running, rename=rename, watch=self._caller.check_failed
+            )
             return made, f"update_weights({made.summary})"
 
         made, value = self._caller.call(
@@ -268,7 +273,11 @@ class SpmdEngine:
         return update
 
     def explain(
-        self, source: torch.nn.Module | Mapping[str, torch.Tensor], *, speeds: LinkSpeeds | None = None
+        self,
+        source: torch.nn.Module | Mapping[str, torch.Tensor],
+        *,
+        rename: Callable[[str], str] | None = None,
+        speeds: LinkSpeeds | None = None,
     ) -> PlanReport:
         """What `update_weights(source)` would move, from which rank to which and over which links.
 
@@ -277,7 +286,7 @@ class SpmdEngine:
         the report, or see its fields.
 
         Args:
-            source: as for `update_weights`.
+            source, rename: as for `update_weights`.
             speeds: what links carry, for the floors; by default an H200's.
 
         Returns:
@@ -291,7 +300,9 @@ class SpmdEngine:
         """
 
         def prepare() -> tuple[Any, str]:
-            described, payload, summary = self._updates.prepare_survey(source, watch=self._caller.check_failed)
+            described, payload, summary = self._updates.prepare_survey(
+                source, rename=rename, watch=self._caller.check_failed
+            )
             return (described.layout, payload), f"explain({summary})"
 
         (layout, payload), found = self._caller.call(

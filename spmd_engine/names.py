@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -19,16 +19,20 @@ def joined(*parts: str) -> str:
     return ".".join(part for name in parts for part in name.split(".") if part and part not in _WRAPPED)
 
 
-def checkpoint_names(names: Iterable[str], source: object) -> dict[str, str]:
+Rename = Callable[[str], str]
+
+
+def checkpoint_names(names: Iterable[str], source: object, rename: Rename | None = None) -> dict[str, str]:
     """For each name in `source` that of the weight in a checkpoint.
 
     Args:
         names: of the weights of `source`.
+        rename: the user's own last word on each name.
         source: a module, or a mapping. DDP's `module.` is an ordinary name, so it is dropped where a module shows
             that it is DDP's, and from a mapping if every name begins with it.
 
     Raises:
-        PlanError: two weights would have one name, or some belong to adapters that are not merged.
+        PlanError: two weights would have one name, `rename` gives none, or some belong to adapters that are not merged.
     """
     listed = list(names)
     prefixes = _ddp_prefixes(source) if isinstance(source, torch.nn.Module) else []
@@ -45,8 +49,13 @@ def checkpoint_names(names: Iterable[str], source: object) -> dict[str, str]:
                 f"weight {name!r} belongs to a LoRA adapter that is not merged: the engine runs whole weights, so pass "
                 "the merged model (PEFT's merge_and_unload()), or a mapping of merged weights under checkpoint names"
             )
+        if rename is not None:
+            short = rename(short)
+            if not isinstance(short, str) or not short:
+                raise PlanError(f"rename must return a name for weight {name!r}, got {short!r}")
         if short in owners:
-            raise PlanError(f"weights {owners[short]!r} and {name!r} are both {short!r} without their wrappers' names")
+            how = "without their wrappers' names" if rename is None else "after rename"
+            raise PlanError(f"weights {owners[short]!r} and {name!r} are both {short!r} {how}")
         owners[short] = name
     return {name: short for short, name in owners.items()}
 

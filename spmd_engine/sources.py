@@ -24,7 +24,7 @@ from spmd_engine.layout import (
     local_box,
     spread,
 )
-from spmd_engine.names import checkpoint_names
+from spmd_engine.names import Rename, checkpoint_names
 from spmd_engine.probe import Probe
 
 if TYPE_CHECKING:
@@ -68,10 +68,14 @@ class SourceReader:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._last: Source | None = None
+        self._rename: Rename | None = None
         self._probe: Probe | fsdp1.FlatProbe | None = None
 
-    def read(self, source: torch.nn.Module | Mapping[str, torch.Tensor]) -> Source:
+    def read(self, source: torch.nn.Module | Mapping[str, torch.Tensor], rename: Rename | None = None) -> Source:
         """Describe a module (plain, or sharded by FSDP1 or FSDP2) or a mapping from names to tensors or DTensors.
+
+        Args:
+            rename: from the names of `source`, without those of wrappers, to names of a checkpoint.
 
         Returns:
             A Source whose `layout` is the same object as the last time, if no more than values and places changed.
@@ -80,10 +84,12 @@ class SourceReader:
             PlanError: a weight that cannot be read as it is, by name, with what to do.
         """
         last, probe = self._last, self._probe
+        if rename is not self._rename:
+            probe, self._rename = None, rename
         if last is not None and probe is not None and probe.holds(source):
             return last
         with torch.no_grad():  # without it, DTensor.to_local() builds an autograd node
-            items = _items(source)
+            items = _items(source, rename)
             if last is not None and probe is not None and probe.holds(source):  # FSDP2 had weights unsharded till now
                 return last
             self._last, self._probe = None, None
@@ -182,10 +188,10 @@ def ranks_of(source: object) -> set[int]:
     return flat | {int(rank) for mesh in meshes for rank in mesh.mesh.flatten().tolist()}
 
 
-def _items(source: object) -> list[Item]:
+def _items(source: object, rename: Rename | None) -> list[Item]:
     """All tensors of a source, by their names in a checkpoint."""
     items = list(_named_tensors(source))
-    names = checkpoint_names((name for name, _, _ in items), source)
+    names = checkpoint_names((name for name, _, _ in items), source, rename)
     return [(names[name], tensor, is_optional) for name, tensor, is_optional in items]
 
 

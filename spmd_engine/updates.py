@@ -19,6 +19,7 @@ from spmd_engine.errors import PlanError, TransferError
 from spmd_engine.fd_passing import PassingError
 from spmd_engine.handles import Exporter, ShardMemory
 from spmd_engine.layout import SourceLayout
+from spmd_engine.names import Rename
 from spmd_engine.process import SchedulerProcess
 from spmd_engine.rendezvous import Rendezvous
 from spmd_engine.sources import Source, SourceReader, ranks_of
@@ -67,6 +68,7 @@ class WeightUpdates:
         *,
         verify: bool,
         running: str,
+        rename: Rename | None,
         watch: Callable[[], None],
     ) -> UpdateRequest:
         """Describe `source` for the scheduler process. Arguments as for `SpmdEngine.update_weights`.
@@ -77,7 +79,7 @@ class WeightUpdates:
             CollectiveTimeoutError: a rank that holds shards did not come to the first update.
         """
         began = time.monotonic()
-        described, memory = self._meet(source, self._export, watch)
+        described, memory = self._meet(source, rename, self._export, watch)
         key = self._key_of(described)
         moved = self._last is None or self._last[0] != key or not memory.same_as(self._last[1])
         # Until this update commits: the scheduler process may take the new places and then refuse the update.
@@ -101,7 +103,11 @@ class WeightUpdates:
         return UpdateRequest(payload, agreed, summary, memory, described, time.monotonic() - began)
 
     def prepare_survey(
-        self, source: torch.nn.Module | Mapping[str, torch.Tensor], *, watch: Callable[[], None]
+        self,
+        source: torch.nn.Module | Mapping[str, torch.Tensor],
+        *,
+        rename: Rename | None,
+        watch: Callable[[], None],
     ) -> tuple[Source, dict[str, Any], str]:
         """Describe `source`, and what an explanation needs besides: the description, the payload and a summary.
 
@@ -109,7 +115,7 @@ class WeightUpdates:
             PlanError: see `sources.SourceReader.read`.
             CollectiveTimeoutError: a rank that holds shards did not come to the first call.
         """
-        described, _ = self._meet(source, lambda _: None, watch)
+        described, _ = self._meet(source, rename, lambda _: None, watch)
         key = self._key_of(described)
         payload = {
             "ranks": self.last_ranks,
@@ -123,6 +129,7 @@ class WeightUpdates:
     def _meet(
         self,
         source: torch.nn.Module | Mapping[str, torch.Tensor],
+        rename: Rename | None,
         make: Callable[[Source], T],
         watch: Callable[[], None],
     ) -> tuple[Source, T]:
@@ -134,7 +141,7 @@ class WeightUpdates:
         done: tuple[Source, T] | None = None
         refusal = None
         try:
-            described = self._reader.read(source)
+            described = self._reader.read(source, rename)
             done = described, make(described)
             holders = set(described.layout.ranks())
         except Exception as error:  # of whatever kind: the other ranks wait

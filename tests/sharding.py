@@ -1,4 +1,4 @@
-"""Random meshes and placements, and the shards that torch would cut by them."""
+"""Random meshes and placements, the shards that torch would cut by them, and views of weights as loaders take them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from spmd_engine.layout import FlatShard, Mesh, Placement, Replicate, Shape, Shard, SourceLayout, StridedShard, Weight
+from spmd_engine.plan import RecordedCopy
 
 CASES = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -82,3 +83,43 @@ def random_weight(layout: SourceLayout, seed: int, weight: Weight | None = None)
     weight = weight or layout.weights[0]
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(weight.shape, generator=generator).to(DTYPES[weight.dtype])
+
+
+def recorded(view: torch.Tensor, target: torch.Tensor) -> RecordedCopy:
+    """What a loader that copies a view of the weight "w" into a parameter would have recorded."""
+    return RecordedCopy(
+        weight="w",
+        sizes=tuple(view.shape),
+        src_offset=view.storage_offset(),
+        src_strides=tuple(view.stride()),
+        dst_address=target.data_ptr(),
+        dst_strides=tuple(target.stride()),
+        dst_dtype=str(target.dtype).removeprefix("torch."),
+        parameter="p",
+    )
+
+
+def view_of(draw, full: torch.Tensor) -> torch.Tensor:
+    """A random chain of the view operations that loaders use."""
+    view = full
+    for _ in range(draw(st.integers(0, 4))):
+        kind = draw(st.sampled_from(["narrow", "transpose", "chunk", "select", "reshape", "flatten", "step"]))
+        dim = draw(st.integers(0, view.ndim - 1)) if view.ndim else 0
+        if kind == "narrow" and view.ndim:
+            start = draw(st.integers(0, view.shape[dim] - 1))
+            view = view.narrow(dim, start, draw(st.integers(1, view.shape[dim] - start)))
+        elif kind == "transpose" and view.ndim > 1:
+            view = view.transpose(dim, (dim + 1) % view.ndim)
+        elif kind == "chunk" and view.ndim and view.shape[dim] % 2 == 0:
+            view = view.chunk(2, dim)[draw(st.integers(0, 1))]
+        elif kind == "select" and view.ndim > 1:
+            view = view.select(dim, draw(st.integers(0, view.shape[dim] - 1)))
+        elif kind == "reshape" and view.ndim:
+            factors = [n for n in range(1, view.shape[dim] + 1) if view.shape[dim] % n == 0]
+            inner = draw(st.sampled_from(factors))
+            view = view.unflatten(dim, (view.shape[dim] // inner, inner))
+        elif kind == "flatten" and view.is_contiguous():
+            view = view.reshape(-1)
+        elif kind == "step" and view.ndim and view.shape[dim] % 2 == 0:
+            view = view[(slice(None),) * dim + (slice(draw(st.integers(0, 1)), None, 2),)]
+    return view

@@ -101,3 +101,14 @@ def test_a_mapping_may_make_its_tensors_on_access():
 def test_refusals_name_the_weight(names, match):
     with pytest.raises(PlanError, match=match):
         SourceReader(0).read({name: torch.zeros(2) for name in names})
+
+
+def test_the_user_has_the_last_word_on_a_name():
+    names = ["policy._orig_mod.layers.0.w", "policy.norm"]
+    renamed = checkpoint_names(names, {}, lambda name: name.replace("policy.", "model."))
+    assert renamed == dict(zip(names, ["model.layers.0.w", "model.norm"], strict=True))
+    with pytest.raises(PlanError, match=r"'policy\.norm' are both 'same' after rename"):
+        checkpoint_names(names, {}, lambda name: "same")
+    for nothing in (None, ""):
+        with pytest.raises(PlanError, match=r"rename must return a name for weight 'policy\._orig_mod\.layers\.0\.w'"):
+            checkpoint_names(names, {}, lambda name, found=nothing: found)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sharding import CASES, DTYPES, layouts, random_weight, scatter
+from sharding import CASES, DTYPES, layouts, random_weight, recorded, scatter, view_of
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from spmd_engine import _native
@@ -42,32 +42,6 @@ def run(layout, copies, shards, rank) -> int:
     return plan.local_bytes + plan.remote_bytes
 
 
-def view_of(draw, full: torch.Tensor) -> torch.Tensor:
-    """A random chain of the view operations that loaders use."""
-    view = full
-    for _ in range(draw(st.integers(0, 4))):
-        kind = draw(st.sampled_from(["narrow", "transpose", "chunk", "select", "reshape", "flatten", "step"]))
-        dim = draw(st.integers(0, view.ndim - 1)) if view.ndim else 0
-        if kind == "narrow" and view.ndim:
-            start = draw(st.integers(0, view.shape[dim] - 1))
-            view = view.narrow(dim, start, draw(st.integers(1, view.shape[dim] - start)))
-        elif kind == "transpose" and view.ndim > 1:
-            view = view.transpose(dim, (dim + 1) % view.ndim)
-        elif kind == "chunk" and view.ndim and view.shape[dim] % 2 == 0:
-            view = view.chunk(2, dim)[draw(st.integers(0, 1))]
-        elif kind == "select" and view.ndim > 1:
-            view = view.select(dim, draw(st.integers(0, view.shape[dim] - 1)))
-        elif kind == "reshape" and view.ndim:
-            factors = [n for n in range(1, view.shape[dim] + 1) if view.shape[dim] % n == 0]
-            inner = draw(st.sampled_from(factors))
-            view = view.unflatten(dim, (view.shape[dim] // inner, inner))
-        elif kind == "flatten" and view.is_contiguous():
-            view = view.reshape(-1)
-        elif kind == "step" and view.ndim and view.shape[dim] % 2 == 0:
-            view = view[(slice(None),) * dim + (slice(draw(st.integers(0, 1)), None, 2),)]
-    return view
-
-
 @CASES
 @given(st.data())
 def test_any_view_into_any_parameter_matches_torch(data):
@@ -92,16 +66,7 @@ def test_any_view_into_any_parameter_matches_torch(data):
     expected = parameter.clone()
     expected.as_strided(view.shape, strides, offset).copy_(view)
     target = parameter.as_strided(view.shape, strides, offset)
-    copy = RecordedCopy(
-        weight="w",
-        sizes=tuple(view.shape),
-        src_offset=view.storage_offset(),
-        src_strides=tuple(view.stride()),
-        dst_address=target.data_ptr(),
-        dst_strides=tuple(target.stride()),
-        dst_dtype=str(parameter.dtype).removeprefix("torch."),
-        parameter="p",
-    )
+    copy = recorded(view, target)
     shards = scatter(layout, full)
     rank = data.draw(st.sampled_from(layout.meshes[0].ranks))
     moved = run(layout, [copy], shards, rank)

@@ -9,25 +9,12 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_plan import CASES, DTYPES, layouts, random_weight, scatter, view_of
+from sharding import CASES, DTYPES, layouts, random_weight, recorded, scatter, view_of
 
 from spmd_engine import _native, stages
-from spmd_engine.plan import RecordedCopy, build_plan
+from spmd_engine.plan import build_plan
 
 BUCKET = 512
-
-
-def recorded(view: torch.Tensor, target: torch.Tensor) -> RecordedCopy:
-    return RecordedCopy(
-        weight="w",
-        sizes=tuple(view.shape),
-        src_offset=view.storage_offset(),
-        src_strides=tuple(view.stride()),
-        dst_address=target.data_ptr(),
-        dst_strides=tuple(target.stride()),
-        dst_dtype=str(target.dtype).removeprefix("torch."),
-        parameter="p",
-    )
 
 
 class Ranks:

@@ -171,6 +171,10 @@ def racing_steps(context: Any, path: str, shape: dict[str, int]) -> None:
             assert not stats.planned and not stats.wrong_elements
 
 
+def without_actor(name: str) -> str:
+    return name.removeprefix("actor.")
+
+
 def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
     """What a source may be, and what it may not: refusals leave the engine alive with its old weights."""
     with context.engine(path, context.world) as engine:
@@ -183,6 +187,13 @@ def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
         engine.update_weights(weights, verify=True)
         expected = engine.weight_checksums()
         assert expected != start
+        # Under names of the trainer's own.
+        renamed = {f"actor.{name}": tensor for name, tensor in weights.items()}
+        with pytest.raises(errors.PlanError, match=r"the source has no weight for"):
+            engine.update_weights(renamed)
+        stats = engine.update_weights(renamed, rename=without_actor, verify=True)
+        assert stats.wrong_elements == 0 and not stats.planned
+        assert engine.explain(renamed, rename=without_actor).bytes["local"] == stats.local_bytes * context.world
         masters = {name: tensor.float() for name, tensor in weights.items()}
         assert engine.update_weights(masters, verify=True).wrong_elements == 0
         assert engine.weight_checksums() == expected
