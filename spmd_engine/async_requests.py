@@ -42,13 +42,16 @@ class _Sequence:
     finish_reason: dict[str, Any] | None = None
     abort_message: str | None = None
     error: Exception | None = None
-    fresh: list[Increment] = field(default_factory=list)  # not taken by the caller yet
+    streams: bool = False
+    fresh: list[Increment] = field(default_factory=list)  # of a stream: not taken by the caller yet
 
     @property
     def is_over(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
     def take(self, more: Increment) -> None:
+        if self.streams:
+            self.fresh.append(more)
         self.output_ids += more.output_ids
         self.versions += more.versions
         for name, values in (more.logprobs or {}).items():
@@ -130,8 +133,8 @@ class AsyncRequests:
         """Submit requests; their id, and what will come of them.
 
         Raises:
-            InvalidRequestError: the id is in use.
-            RuntimeError: requests run in another event loop.
+            InvalidRequestError: the id is in use, or requests run in another event loop.
+            SpmdEngineError: the engine has ended.
         """
         loop = asyncio.get_running_loop()
         if self._loop is not None and self._loop.is_closed():
@@ -144,7 +147,7 @@ class AsyncRequests:
         self._count += 1
         name = request_id if request_id is not None else f"request-{self._count}"
         news: asyncio.Queue[_Sequence] = asyncio.Queue()
-        made = [_Sequence(f"{self._count}.{i};", i, one, news) for i, one in enumerate(requests)]
+        made = [_Sequence(f"{self._count}.{i};", i, one, news, streams=stream) for i, one in enumerate(requests)]
         if not self._sequences:
             self._heard = time.monotonic()
         self._sequences.update({one.rid: one for one in made})
@@ -246,7 +249,7 @@ class AsyncRequests:
         self._sequences.clear()
         self._names.clear()
         self._timers.clear()
-        self._is_watching = False
+        self._is_watching, self._loop = False, None
 
     # ---- the channel ----
 
@@ -303,7 +306,6 @@ class AsyncRequests:
             for more in message.increments:
                 if (one := self._sequences.get(more.rid)) is not None:
                     one.take(more)
-                    one.fresh.append(more)
                     one.news.put_nowait(one)
         elif isinstance(message, Refused):
             for rid in message.rids:
@@ -322,9 +324,9 @@ class AsyncRequests:
     def _notice(self, message: object) -> None:
         """Something that a call has read, in this thread or another, or the error with which the engine ended."""
         self._inbox.append(message)
-        if self._loop is None or self._loop.is_closed():
-            self._inbox.clear()
-        elif threading.get_ident() == self._thread:
+        if self._loop is not None and self._loop.is_closed():
+            self._forget_all()
+        if self._loop is None or threading.get_ident() == self._thread:
             self._drain()
         else:
             with contextlib.suppress(RuntimeError):  # it was closed just now
