@@ -24,9 +24,9 @@ from spmd_engine.errors import ConfigError, ErrorReport, SpmdEngineError
 from spmd_engine.layout import SourceLayout, Weight
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
+from spmd_engine.scheduler.loading import check_all_used
 from spmd_engine.scheduler.recorder import DTYPE_NAMES, all_tensors
 from spmd_engine.scheduler.survey import wants_and_fallback
-from spmd_engine.scheduler.weights import check_all_used
 from spmd_engine.wants import to_plain
 
 _LAYER = re.compile(r"(?P<stem>(?:.*?\.)?(?P<list>\w+)\.\d+)\.(?P<rest>.+)")

@@ -14,7 +14,8 @@ from spmd_engine.channel import Start
 from spmd_engine.digest import digest
 from spmd_engine.layout import ITEM_SIZE, SourceLayout
 from spmd_engine.scheduler.conversion import Conversion
-from spmd_engine.scheduler.weights import Exchange, WeightsKeeper, check_all_used, raise_first, recorded
+from spmd_engine.scheduler.loading import check_all_used, recorded
+from spmd_engine.scheduler.weights import Exchange, WeightsKeeper, raise_first
 from spmd_engine.wants import Want, to_plain, wants_of
 
 

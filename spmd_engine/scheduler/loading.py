@@ -1,0 +1,132 @@
+"""What SGLang's own loader makes of a trainer's layout, and whether that is every element of every parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from spmd_engine import coverage
+from spmd_engine.errors import PlanError
+from spmd_engine.layout import SourceLayout
+from spmd_engine.plan import RecordedCopy
+from spmd_engine.scheduler.conversion import Conversion
+from spmd_engine.scheduler.recorder import DTYPE_NAMES, Recorder, Recording
+
+_NAMES_SHOWN = 5
+
+
+def recorded(
+    model: torch.nn.Module,
+    layout: SourceLayout,
+    conversion: Conversion,
+    covers: Callable[[str], bool] = lambda parameter: True,
+) -> tuple[list[RecordedCopy], dict[str, str], frozenset[str], bool]:
+    """What fills the model's parameters from a layout: the copies, the weights that take the model's own loader instead
+    and why, those that the loader knows under other names, and whether it fills some elements by itself.
+
+    Args:
+        covers: which parameters must be filled; all, except where the layout is a part of a trainer's.
+
+    Raises:
+        PlanError: a parameter that no weight of the source reaches, or only in part.
+    """
+    recording, converted = record(model, layout, conversion)
+    fallback = _cover(model, recording, covers) | recording.fallback
+    copies = [copy for copy in coverage.last_of_duplicates(recording.copies) if copy.weight not in fallback]
+    return copies, fallback, converted, bool(recording.constants)
+
+
+def record(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion) -> tuple[Recording, frozenset[str]]:
+    """Record how the model loads the weights of a layout.
+
+    Weights that the loader passes over under the trainer's names are offered once more in the checkpoint's form:
+    transformers keeps some of them fused or renamed in memory (experts, since version 5).
+    """
+    recorder = Recorder(model)
+    stand_ins = {weight.name: recorder.stand_in(weight) for weight in layout.weights}
+    recording = recorder.run(list(stand_ins.items()))
+    used = recording.used()
+    unused = {name: tensor for name, tensor in stand_ins.items() if name not in used}
+    views = conversion.to_checkpoint(unused)
+    renamed = {name: tensor for name, tensor in views.items() if name not in unused}
+    if not renamed:
+        return recording, frozenset()
+    second = Recorder(model)
+    for tensor in renamed.values():
+        tensor.recorder = second
+    more = second.run(list(renamed.items()))
+    return (
+        Recording(
+            copies=recording.copies + more.copies,
+            fallback=recording.fallback | more.fallback,
+            fallback_parameters=recording.fallback_parameters | more.fallback_parameters,
+            is_blind=recording.is_blind or more.is_blind,
+            constants=recording.constants + more.constants,
+        ),
+        frozenset(unused),
+    )
+
+
+def _cover(model: torch.nn.Module, recording: Recording, covers: Callable[[str], bool]) -> dict[str, str]:
+    """Weights to send through the fallback, and why, so that every element of every parameter is written exactly once.
+
+    Raises:
+        PlanError: a parameter that no weight of the source reaches, or only in part.
+    """
+    regions: dict[str, list[coverage.Region]] = {}
+    touching: dict[str, set[str]] = {}
+    for copy in recording.copies:
+        regions.setdefault(copy.parameter, []).append(coverage.region_of(copy))
+        touching.setdefault(copy.parameter, set()).add(copy.weight)
+    fallback: dict[str, str] = {}
+    missing: list[str] = []
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dtype not in DTYPE_NAMES or not parameter.numel() or parameter.data_ptr() in seen:
+            continue
+        seen.add(parameter.data_ptr())
+        base, size = parameter.data_ptr(), parameter.numel() * parameter.element_size()
+        constant = [region for region in recording.constants if base <= region[0] < base + size]
+        written = [*regions.get(name, []), *constant]
+        left = (
+            coverage.uncovered(written, base, parameter.element_size(), tuple(parameter.shape))
+            if parameter.is_contiguous()
+            else None
+        )
+        if left is None and name in touching:
+            why = f"what is copied to {name} overlaps, or has no boxes for parts"
+            fallback |= dict.fromkeys(sorted(touching[name]), why)
+        elif left is None and name in recording.fallback_parameters:
+            continue  # written by the model's own loader, in a way that no boxes describe
+        elif left != 0 and covers(name) and not (recording.is_blind and name not in touching):
+            part = "" if name not in touching else f"{left} of the {parameter.numel()} elements of "
+            missing.append(f"{part}{name} {list(parameter.shape)}")
+    if missing:
+        shown = ", ".join(missing[:_NAMES_SHOWN])
+        if len(missing) > _NAMES_SHOWN:
+            shown += f" and {len(missing) - _NAMES_SHOWN} more"
+        raise PlanError(
+            f"the source has no weight for {shown}; pass the whole model: every parameter of the engine must be covered"
+        )
+    return fallback
+
+
+def check_all_used(layout: SourceLayout, optional: frozenset[str], used: list[dict[str, list[int]]]) -> None:
+    """Refuse weights that no rank reads, or reads only in part: engine and trainer have different models."""
+    for weight in layout.weights:
+        ranges = [ranks[weight.name] for ranks in used if weight.name in ranks]
+        if not ranges:
+            if weight.name in optional:
+                continue
+            raise PlanError(
+                f"the engine does not know weight {weight.name!r} {list(weight.shape)}: "
+                "leave it out of the source, or start the engine with the model that has it"
+            )
+        last = math.prod(weight.shape) - 1
+        if min(low for low, _ in ranges) > 0 or max(high for _, high in ranges) < last:
+            raise PlanError(
+                f"weight {weight.name!r} has another shape than the engine expects: of {list(weight.shape)} it reads "
+                f"only elements {min(low for low, _ in ranges)} to {max(high for _, high in ranges)} of 0 to {last}"
+            )
