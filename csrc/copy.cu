@@ -9,6 +9,10 @@ namespace spmd {
 namespace {
 
 constexpr uint32_t kWarp = 32;
+constexpr uint32_t kThreads = 512;
+// On H200, 128 threads a multiprocessor leave NVLink idle at times while the near team works.
+constexpr uint32_t kFarThreads = 192;
+constexpr uint32_t kNoTile = UINT32_MAX;
 // Shorter rows are walked as one sequence; longer ones get a warp each.
 constexpr uint32_t kShortRowBytes = 256;
 
@@ -136,7 +140,7 @@ __device__ __forceinline__ void run_row(const Area& row, uint32_t elems, Team te
 }
 
 template <bool compare, ElementType from, ElementType to>
-__device__ __forceinline__ void run_tile(const BlockCopy& b, const Tile& tile, Tally& tally) {
+__device__ __forceinline__ void run_tile(const BlockCopy& b, const Tile& tile, Team all, Tally& tally) {
   constexpr uint32_t kSrcSize = size_of<from>, kDstSize = size_of<to>;
   const auto elems = static_cast<uint32_t>(tile.elems);
   const uint32_t rows = tile.rows;
@@ -147,7 +151,6 @@ __device__ __forceinline__ void run_tile(const BlockCopy& b, const Tile& tile, T
                   b.dst_pitch,
                   tile.first_row * b.row_elems + tile.first_elem,
                   b.row_elems};
-  const Team all{threadIdx.x, kThreads};
   const uint64_t src_bits = reinterpret_cast<uint64_t>(area.src) | static_cast<uint64_t>(area.src_pitch);
   const uint64_t dst_bits = reinterpret_cast<uint64_t>(area.dst) | static_cast<uint64_t>(area.dst_pitch);
   constexpr uint32_t kGroup = WideUnit<from, to>::kElems;
@@ -159,9 +162,9 @@ __device__ __forceinline__ void run_tile(const BlockCopy& b, const Tile& tile, T
     run<compare, ElementUnit<from, to>>(area, all, elems * rows, OverRows{elems, 1}, tally);
   } else {
     const bool alone = rows == 1;
-    const Team team = alone ? all : Team{threadIdx.x % kWarp, kWarp};
-    const uint32_t step = alone ? 1 : kThreads / kWarp;
-    for (uint32_t r = alone ? 0 : threadIdx.x / kWarp; r < rows; r += step)
+    const Team team = alone ? all : Team{all.rank % kWarp, kWarp};
+    const uint32_t step = alone ? 1 : all.size / kWarp;
+    for (uint32_t r = alone ? 0 : all.rank / kWarp; r < rows; r += step)
       run_row<compare, from, to>(area.row(r), elems, team, tally);
   }
 }
@@ -171,52 +174,80 @@ __host__ __device__ constexpr uint32_t kind(ElementType from, ElementType to) {
 }
 
 template <bool compare>
-__device__ __forceinline__ void dispatch(const BlockCopy& b, const Tile& tile, Tally& tally) {
+__device__ __forceinline__ void dispatch(const BlockCopy& b, const Tile& tile, Team team, Tally& tally) {
   using enum ElementType;
   switch (uint32_t{b.src_dtype} * kElementTypes + b.dst_dtype) {
     case kind(RAW8, RAW8):
-      return run_tile<compare, RAW8, RAW8>(b, tile, tally);
+      return run_tile<compare, RAW8, RAW8>(b, tile, team, tally);
     case kind(F16, F16):
     case kind(BF16, BF16):
     case kind(RAW16, RAW16):
-      return run_tile<compare, RAW16, RAW16>(b, tile, tally);
+      return run_tile<compare, RAW16, RAW16>(b, tile, team, tally);
     case kind(F32, F32):
     case kind(RAW32, RAW32):
-      return run_tile<compare, RAW32, RAW32>(b, tile, tally);
+      return run_tile<compare, RAW32, RAW32>(b, tile, team, tally);
     case kind(RAW64, RAW64):
-      return run_tile<compare, RAW64, RAW64>(b, tile, tally);
+      return run_tile<compare, RAW64, RAW64>(b, tile, team, tally);
     case kind(F32, F16):
-      return run_tile<compare, F32, F16>(b, tile, tally);
+      return run_tile<compare, F32, F16>(b, tile, team, tally);
     case kind(F32, BF16):
-      return run_tile<compare, F32, BF16>(b, tile, tally);
+      return run_tile<compare, F32, BF16>(b, tile, team, tally);
     case kind(F16, F32):
-      return run_tile<compare, F16, F32>(b, tile, tally);
+      return run_tile<compare, F16, F32>(b, tile, team, tally);
     case kind(F16, BF16):
-      return run_tile<compare, F16, BF16>(b, tile, tally);
+      return run_tile<compare, F16, BF16>(b, tile, team, tally);
     case kind(BF16, F32):
-      return run_tile<compare, BF16, F32>(b, tile, tally);
+      return run_tile<compare, BF16, F32>(b, tile, team, tally);
     case kind(BF16, F16):
-      return run_tile<compare, BF16, F16>(b, tile, tally);
+      return run_tile<compare, BF16, F16>(b, tile, team, tally);
   }
 }
 
-// One thread block fills a multiprocessor's share of the memory's rate; with more of them the memory is slower.
-__global__ void __launch_bounds__(kThreads, 1)
-    copy_kernel(const BlockCopy* __restrict__ blocks, const Tile* __restrict__ tiles, uint64_t tile_count) {
+// Waits for the other threads of a team. The barriers of a thread block are numbered; 0 is that of __syncthreads.
+__device__ void sync_team(uint32_t barrier, uint32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Each thread block has two teams. The near one copies what lies on this device, with as many loads under way as its
+// memory is fastest with; the far one, beside it, keeps the links full from the first tile to the last. When nothing
+// near is left, the near one helps with the rest.
+template <uint32_t far_threads>
+__global__ void __launch_bounds__(kThreads + far_threads, 1)
+    copy_kernel(const BlockCopy* __restrict__ blocks, TileQueues queues) {
+  __shared__ uint32_t next[2][2];
+  const bool is_far = threadIdx.x >= kThreads;
+  const Team team = is_far ? Team{threadIdx.x - kThreads, far_threads} : Team{threadIdx.x, kThreads};
+  bool near_left = !is_far;
+  const auto take = [&]() -> uint32_t {
+    if (near_left) {
+      const uint32_t number = atomicAdd(&queues.taken->near, 1u);
+      if (number < queues.near) return queues.far + number;
+      near_left = false;
+    }
+    const uint32_t number = atomicAdd(&queues.taken->far, 1u);
+    return number < queues.far ? number : kNoTile;
+  };
+  uint32_t* const turns = next[is_far];
+  if (team.rank == 0) turns[0] = take();
+  sync_team(1 + is_far, team.size);
   Tally unused;
-  for (uint64_t t = blockIdx.x; t < tile_count; t += gridDim.x)
-    dispatch<false>(blocks[tiles[t].block], tiles[t], unused);
+  for (uint32_t turn = 0, tile; (tile = turns[turn]) != kNoTile; turn ^= 1) {
+    // The next one is asked for early, so that the answer is there when this one is done.
+    if (team.rank == 0) turns[turn ^ 1] = take();
+    dispatch<false>(blocks[queues.tiles[tile].block], queues.tiles[tile], team, unused);
+    sync_team(1 + is_far, team.size);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-    compare_kernel(const BlockCopy* __restrict__ blocks, const Tile* __restrict__ tiles, uint64_t tile_count,
+    compare_kernel(const BlockCopy* __restrict__ blocks, const Tile* __restrict__ tiles, uint32_t tile_count,
                    TileResult* __restrict__ results) {
   __shared__ unsigned long long wrong, first;
-  for (uint64_t t = blockIdx.x; t < tile_count; t += gridDim.x) {
+  for (uint32_t t = blockIdx.x; t < tile_count; t += gridDim.x) {
     if (threadIdx.x == 0) wrong = 0, first = UINT64_MAX;
     __syncthreads();
     Tally tally;
-    dispatch<true>(blocks[tiles[t].block], tiles[t], tally);
+    dispatch<true>(blocks[tiles[t].block], tiles[t], {threadIdx.x, kThreads}, tally);
     if (tally.wrong != 0) {
       atomicAdd(&wrong, static_cast<unsigned long long>(tally.wrong));
       atomicMin(&first, static_cast<unsigned long long>(tally.first));
@@ -228,19 +259,19 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-int resident_blocks() {
-  int blocks = 0;
-  SPMD_CHECK_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, copy_kernel, kThreads, 0));
-  return blocks;
+void launch_copy(const BlockCopy* blocks, const TileQueues& queues, unsigned int grid, cudaStream_t stream) {
+  if (grid == 0) return;
+  if (queues.far == 0)
+    copy_kernel<0><<<grid, kThreads, 0, stream>>>(blocks, queues);
+  else
+    copy_kernel<kFarThreads><<<grid, kThreads + kFarThreads, 0, stream>>>(blocks, queues);
+  SPMD_CHECK_CUDA(cudaGetLastError());
 }
 
-void launch_copy(const BlockCopy* blocks, const Tile* tiles, uint64_t tile_count, TileResult* results,
-                 unsigned int grid, cudaStream_t stream) {
-  if (tile_count == 0) return;
-  if (results == nullptr)
-    copy_kernel<<<grid, kThreads, 0, stream>>>(blocks, tiles, tile_count);
-  else
-    compare_kernel<<<grid, kThreads, 0, stream>>>(blocks, tiles, tile_count, results);
+void launch_compare(const BlockCopy* blocks, const TileQueues& queues, TileResult* results, unsigned int grid,
+                    cudaStream_t stream) {
+  if (grid == 0) return;
+  compare_kernel<<<grid, kThreads, 0, stream>>>(blocks, queues.tiles, queues.far + queues.near, results);
   SPMD_CHECK_CUDA(cudaGetLastError());
 }
 

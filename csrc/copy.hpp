@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -62,8 +63,9 @@ void validate_table(const std::vector<BlockCopy>& table, std::optional<uint64_t>
 // Turns blocks whose rows follow each other without a gap on both sides into blocks of one row.
 void collapse_rows(std::vector<BlockCopy>& table);
 
-// Cuts a validated table into tiles of about `tile_bytes` (of the wider side), in table order. Empty blocks give none.
-std::vector<Tile> cut_tiles(const std::vector<BlockCopy>& table, uint64_t tile_bytes);
+// Cuts a validated table into tiles of about `tile_bytes(block)` (of the wider side), in table order. Empty blocks give
+// none.
+std::vector<Tile> cut_tiles(const std::vector<BlockCopy>& table, const std::function<uint64_t(uint32_t)>& tile_bytes);
 
 // Reads every block from process pids[block.source] and writes it to this process' memory. A pid of 0, or this process'
 // own, means this process. Throws TableError or SourceError; after a SourceError the destinations are undefined.

@@ -211,7 +211,7 @@ std::vector<Worker> run_tiles(std::vector<BlockCopy>& table, const std::vector<i
   validate_table(table, pids.size());
   const std::vector<pid_t> resolved = resolve_pids(pids);
   collapse_rows(table);
-  const std::vector<Tile> tiles = cut_tiles(table, kTileBytes);
+  const std::vector<Tile> tiles = cut_tiles(table, [](uint32_t) { return kTileBytes; });
 
   std::vector<Worker> workers(std::clamp<size_t>(tiles.size(), 1, static_cast<size_t>(threads)));
   std::atomic<size_t> next{0};

@@ -2,6 +2,7 @@
 #include "copy_table.hpp"
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <utility>
 
@@ -12,6 +13,7 @@ namespace spmd {
 namespace {
 
 constexpr uint64_t kMaxTileBytes = uint64_t{1} << 28;
+constexpr uint64_t kMaxTiles = uint64_t{1} << 31;  // the kernel counts on beyond the last one
 
 template <typename T>
 class DeviceArray {
@@ -64,21 +66,30 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-// Merges the tiles of remote blocks evenly into the others, keeping the order of each, so that the link to the peer and
-// the device's own memory are both busy from the first tile to the last.
-std::vector<Tile> spread_remote(const std::vector<Tile>& tiles, const std::vector<uint8_t>& remote) {
-  std::vector<Tile> near, far, merged;
-  for (const Tile& tile : tiles) (remote[tile.block] != 0 ? far : near).push_back(tile);
-  merged.reserve(tiles.size());
-  size_t used = 0;
-  for (size_t i = 0; i < tiles.size(); ++i) {
-    const size_t due = static_cast<size_t>(static_cast<unsigned __int128>(i + 1) * far.size() / tiles.size());
-    if (used < due)
-      merged.push_back(far[used++]);
+// The tiles from peers before those of the own device, and of all peers evenly from the first to the last, so that no
+// peer is asked by everyone at the same time. Returns the number of those from peers.
+uint32_t sort_by_peer(std::vector<Tile>& tiles, const std::vector<uint8_t>& peers) {
+  std::array<uint32_t, 256> total{}, seen{};
+  for (const Tile& tile : tiles) ++total[peers[tile.block]];
+  std::vector<std::pair<double, Tile>> far;
+  std::vector<Tile> near;
+  for (const Tile& tile : tiles) {
+    const uint8_t peer = peers[tile.block];
+    if (peer == 0)
+      near.push_back(tile);
     else
-      merged.push_back(near[i - used]);
+      far.emplace_back((seen[peer]++ + 0.5) / total[peer], tile);
   }
-  return merged;
+  std::stable_sort(far.begin(), far.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  tiles.clear();
+  for (const auto& [_, tile] : far) tiles.push_back(tile);
+  tiles.insert(tiles.end(), near.begin(), near.end());
+  return static_cast<uint32_t>(far.size());
+}
+
+void check_tile_bytes(const char* name, uint64_t bytes) {
+  if (bytes < 16 || bytes > kMaxTileBytes)  // the kernel counts within a tile in 32 bits
+    throw TableError(std::string(name) + " = " + std::to_string(bytes) + ", expected 16 to 2^28");
 }
 
 bool same_shape(const BlockCopy& a, const BlockCopy& b) {
@@ -89,33 +100,33 @@ bool same_shape(const BlockCopy& a, const BlockCopy& b) {
 }  // namespace
 
 struct CopyTable::DeviceState {
-  DeviceState(size_t blocks, size_t tiles) : block_array(blocks), tile_array(tiles) {}
+  DeviceState(size_t blocks, size_t tiles) : block_array(blocks), tile_array(tiles), taken(1) {}
   DeviceArray<BlockCopy> block_array;
   DeviceArray<Tile> tile_array;
+  DeviceArray<TilesTaken> taken;
   Stream transfers;
   Event begin, end;
 };
 
-CopyTable::CopyTable(int device, std::vector<BlockCopy> table, const std::vector<uint8_t>& remote, int blocks_per_sm,
-                     uint64_t tile_bytes)
+CopyTable::CopyTable(int device, std::vector<BlockCopy> table, const std::vector<uint8_t>& peers, uint64_t tile_bytes,
+                     uint64_t far_tile_bytes)
     : device_(device), original_(table) {
-  if (blocks_per_sm < 1) throw TableError("blocks_per_sm = " + std::to_string(blocks_per_sm) + ", expected 1 or more");
-  if (tile_bytes < 16 || tile_bytes > kMaxTileBytes)  // the kernel counts within a tile in 32 bits
-    throw TableError("tile_bytes = " + std::to_string(tile_bytes) + ", expected 16 to 2^28");
-  if (remote.size() != table.size())
-    throw TableError("remote has " + std::to_string(remote.size()) + " entries for " + std::to_string(table.size()) +
+  check_tile_bytes("tile_bytes", tile_bytes);
+  check_tile_bytes("far_tile_bytes", far_tile_bytes);
+  if (peers.size() != table.size())
+    throw TableError("peers has " + std::to_string(peers.size()) + " entries for " + std::to_string(table.size()) +
                      " blocks");
   validate_table(table, std::nullopt);
   for (const BlockCopy& b : table) bytes_read_ += b.rows * b.row_elems * element_size(b.src_dtype);
   collapse_rows(table);
-  tiles_ = spread_remote(cut_tiles(table, tile_bytes), remote);
+  tiles_ = cut_tiles(table, [&](uint32_t block) { return peers[block] == 0 ? tile_bytes : far_tile_bytes; });
+  if (tiles_.size() >= kMaxTiles) throw TableError("the table has more than 2^31 tiles: use larger ones");
+  far_tiles_ = sort_by_peer(tiles_, peers);
 
   const DeviceGuard guard(device_);
   int processors = 0;
   SPMD_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_));
-  // More blocks than fit would run after the others, with their share of the tiles still to do.
-  const auto blocks = static_cast<uint64_t>(processors) * std::min(blocks_per_sm, resident_blocks());
-  grid_ = static_cast<unsigned int>(std::min<uint64_t>(tiles_.size(), blocks));
+  grid_ = static_cast<unsigned int>(std::min<uint64_t>(tiles_.size(), static_cast<uint64_t>(processors)));
   state_ = std::make_unique<DeviceState>(table.size(), tiles_.size());
   state_->block_array.upload(table, state_->transfers.get());
   state_->tile_array.upload(tiles_, state_->transfers.get());
@@ -131,6 +142,11 @@ CopyTable::~CopyTable() {
 CopyTable::DeviceState& CopyTable::state() {
   if (!state_) throw NativeError("this CopyTable is closed");
   return *state_;
+}
+
+TileQueues CopyTable::queues() {
+  DeviceState& s = state();
+  return {s.tile_array.get(), far_tiles_, static_cast<uint32_t>(tiles_.size()) - far_tiles_, s.taken.get()};
 }
 
 void CopyTable::patch(std::vector<BlockCopy> table) {
@@ -153,8 +169,9 @@ void CopyTable::launch(uint64_t stream) {
   DeviceState& s = state();
   const DeviceGuard guard(device_);
   const auto on = reinterpret_cast<cudaStream_t>(stream);
+  SPMD_CHECK_CUDA(cudaMemsetAsync(s.taken.get(), 0, sizeof(TilesTaken), on));
   SPMD_CHECK_CUDA(cudaEventRecord(s.begin.get(), on));
-  launch_copy(s.block_array.get(), s.tile_array.get(), tiles_.size(), nullptr, grid_, on);
+  launch_copy(s.block_array.get(), queues(), grid_, on);
   SPMD_CHECK_CUDA(cudaEventRecord(s.end.get(), on));
   launched_ = true;
 }
@@ -175,7 +192,7 @@ CompareResult CopyTable::compare(uint64_t stream) {
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   std::vector<TileResult> results(tiles_.size());
   const DeviceArray<TileResult> device_results(results.size());
-  launch_copy(s.block_array.get(), s.tile_array.get(), tiles_.size(), device_results.get(), grid_, on);
+  launch_compare(s.block_array.get(), queues(), device_results.get(), grid_, on);
   device_results.download(results, on);
 
   CompareResult answer{0, std::nullopt};

@@ -18,21 +18,30 @@ struct TileResult {
   uint64_t first;  // UINT64_MAX: none
 };
 
-inline constexpr int kThreads = 512;
+struct TilesTaken {
+  uint32_t near, far;
+};
 
-// How many thread blocks of the copy kernel a multiprocessor of the current device holds at a time.
-int resident_blocks();
+// The tiles of a table in device memory: first those that come from other devices, then those of the own one.
+struct TileQueues {
+  const Tile* tiles;
+  uint32_t far, near;
+  TilesTaken* taken;  // zero before a launch
+};
 
-// Starts the kernel on the current device. With `results`, one a tile, it compares instead of copying.
-void launch_copy(const BlockCopy* blocks, const Tile* tiles, uint64_t tile_count, TileResult* results,
-                 unsigned int grid, cudaStream_t stream);
+// Starts the kernel on the current device, with `grid` thread blocks: one a multiprocessor is what it is made for.
+void launch_copy(const BlockCopy* blocks, const TileQueues& queues, unsigned int grid, cudaStream_t stream);
+
+// Starts the comparison on the current device, with one result a tile.
+void launch_compare(const BlockCopy* blocks, const TileQueues& queues, TileResult* results, unsigned int grid,
+                    cudaStream_t stream);
 
 class CopyTable {
  public:
-  // `blocks_per_sm` is cut to what a multiprocessor holds. `remote`: one flag a block; tiles of remote blocks are
-  // spread evenly among the others. Throws TableError, CudaError.
-  CopyTable(int device, std::vector<BlockCopy> table, const std::vector<uint8_t>& remote, int blocks_per_sm,
-            uint64_t tile_bytes);
+  // `peers`: one number a block, 0 for memory of `device` and else that of another device. Throws TableError,
+  // CudaError.
+  CopyTable(int device, std::vector<BlockCopy> table, const std::vector<uint8_t>& peers, uint64_t tile_bytes,
+            uint64_t far_tile_bytes);
   ~CopyTable();
   CopyTable(const CopyTable&) = delete;
   CopyTable& operator=(const CopyTable&) = delete;
@@ -52,9 +61,11 @@ class CopyTable {
  private:
   struct DeviceState;
   DeviceState& state();
+  TileQueues queues();
 
   int device_;
   unsigned int grid_ = 0;
+  uint32_t far_tiles_ = 0;
   uint64_t bytes_read_ = 0;
   bool launched_ = false;
   std::vector<BlockCopy> original_;  // as given, to check patches against

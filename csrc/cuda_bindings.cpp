@@ -15,11 +15,11 @@ namespace {
 
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
-std::unique_ptr<CopyTable> make_table(int device, const py::array& array, const std::vector<uint8_t>& remote,
-                                      int blocks_per_sm, uint64_t tile_bytes) {
+std::unique_ptr<CopyTable> make_table(int device, const py::array& array, const std::vector<uint8_t>& peers,
+                                      uint64_t tile_bytes, uint64_t far_tile_bytes) {
   std::vector<BlockCopy> table = table_from_array(array);
   const py::gil_scoped_release unlocked;
-  return std::make_unique<CopyTable>(device, std::move(table), remote, blocks_per_sm, tile_bytes);
+  return std::make_unique<CopyTable>(device, std::move(table), peers, tile_bytes, far_tile_bytes);
 }
 
 void patch(CopyTable& self, const py::array& array) {
@@ -65,8 +65,8 @@ void register_cuda(py::module_& m) {
       .def_property_readonly("base", &ChunkMapping::base)
       .def_property_readonly("mapped", &ChunkMapping::mapped);
   py::class_<CopyTable>(m, "CopyTable")
-      .def(py::init(&make_table), py::arg("device"), py::arg("table").noconvert(), py::arg("remote"),
-           py::arg("blocks_per_sm"), py::arg("tile_bytes"))
+      .def(py::init(&make_table), py::arg("device"), py::arg("table").noconvert(), py::arg("peers"),
+           py::arg("tile_bytes"), py::arg("far_tile_bytes"))
       .def("patch", patch, py::arg("table").noconvert())
       .def("launch", &CopyTable::launch, py::arg("stream"), Unlocked())
       .def("elapsed_ms", &CopyTable::elapsed_ms, Unlocked())

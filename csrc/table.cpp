@@ -77,13 +77,13 @@ void collapse_rows(std::vector<BlockCopy>& table) {
   }
 }
 
-std::vector<Tile> cut_tiles(const std::vector<BlockCopy>& table, uint64_t tile_bytes) {
+std::vector<Tile> cut_tiles(const std::vector<BlockCopy>& table, const std::function<uint64_t(uint32_t)>& tile_bytes) {
   std::vector<Tile> tiles;
   for (uint32_t i = 0; i < table.size(); ++i) {
     const BlockCopy& b = table[i];
     if (b.rows == 0 || b.row_elems == 0) continue;
     const uint64_t size = std::max(element_size(b.src_dtype), element_size(b.dst_dtype));
-    const uint64_t tile_elems = std::max<uint64_t>(tile_bytes / size, 1);
+    const uint64_t tile_elems = std::max<uint64_t>(tile_bytes(i) / size, 1);
     if (b.row_elems > tile_elems) {
       for (uint64_t row = 0; row < b.rows; ++row)
         for (uint64_t at = 0; at < b.row_elems; at += tile_elems)

@@ -21,9 +21,6 @@ from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.plan import TransferPlan
 
 _MAX_THREADS = 8
-# Measured on H200: large tiles in few thread blocks keep the memory at 94 % of the rate of one large copy.
-_TILE_BYTES = 256 << 10
-_BLOCKS_PER_SM = 1
 _NATIVE_ERRORS = (_native.NativeError, _native.TableError)
 
 
@@ -150,7 +147,7 @@ class CudaTransfer:
         self._device = torch.cuda.current_device() if device.index is None else device.index
         self._uuid = _native.device_uuid(self._device)
         self._table: _native.CopyTable | None = None
-        self._remote: np.ndarray | None = None
+        self._bound_peers = np.zeros(0, np.uint8)
 
     def bind(self, memories: Mapping[int, ShardMemory]) -> None:
         addresses = {}
@@ -170,23 +167,26 @@ class CudaTransfer:
                     f"topo -p2p r), and rank {rank} must not have freed its shards"
                 ) from error
         table = self._plan.bind(addresses)
-        far = [rank for rank in addresses if memories[rank].device != self._uuid]
-        remote = np.isin(self._plan.rank, far)
+        peers = self._peers(memories)
         try:
-            if self._table is not None and self._remote is not None and np.array_equal(remote, self._remote):
+            if self._table is not None and np.array_equal(peers, self._bound_peers):
                 self._table.patch(table)
             else:
                 self.close()
-                self._table = _native.CopyTable(
-                    table,
-                    device=self._device,
-                    remote=remote,
-                    blocks_per_sm=_BLOCKS_PER_SM,
-                    tile_bytes=_TILE_BYTES,
-                )
-                self._remote = remote
+                self._table = _native.CopyTable(table, device=self._device, peers=peers)
+                self._bound_peers = peers
         except _NATIVE_ERRORS as error:
             raise TransferError(f"rank {self._rank}: its copy table was refused: {error}") from error
+
+    def _peers(self, memories: Mapping[int, ShardMemory]) -> np.ndarray:
+        """For each row of the plan 0 if it reads this device, else a number of the device that it reads."""
+        devices = {rank: memories[rank].device for rank in np.unique(self._plan.rank).tolist()}
+        others = sorted(set(devices.values()) - {self._uuid})
+        number = {self._uuid: 0, **{uuid: 1 + i % 255 for i, uuid in enumerate(others)}}
+        peers = np.zeros(len(self._plan.rank), np.uint8)
+        for rank, uuid in devices.items():
+            peers[self._plan.rank == rank] = number[uuid]
+        return peers
 
     def start(self) -> None:
         assert self._table is not None

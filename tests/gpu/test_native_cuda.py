@@ -41,17 +41,17 @@ def on_device(content: np.ndarray, misaligned: int = 0) -> torch.Tensor:
 
 
 def check_copy_and_compare(
-    case: Case, seed: int, *, tile_bytes: int = 65536, blocks_per_sm: int = 2, misaligned: tuple[int, int] = (0, 0)
+    case: Case, seed: int, *, tile_bytes: int = 65536, misaligned: tuple[int, int] = (0, 0)
 ) -> None:
     expected = case.expected()
     src, dst = on_device(case.src, misaligned[0]), on_device(case.dst, misaligned[1])
-    remote = np.random.default_rng(seed).integers(0, 2, len(case.table)).astype(bool)
+    peers = np.random.default_rng(seed).integers(0, 4, len(case.table))
     with CopyTable(
         case.at(src.data_ptr(), dst.data_ptr()),
         device=0,
-        remote=remote,
-        blocks_per_sm=blocks_per_sm,
+        peers=peers,
         tile_bytes=tile_bytes,
+        far_tile_bytes=max(16, tile_bytes // 2),
     ) as table:
         stream = torch.cuda.current_stream().cuda_stream
         table.launch(stream=stream)
@@ -77,11 +77,10 @@ def test_random_tables(case: Case, seed: int, tile_bytes: int, misaligned: tuple
     check_copy_and_compare(case, seed, tile_bytes=tile_bytes, misaligned=misaligned)
 
 
-@pytest.mark.parametrize("blocks_per_sm", [1, 2, 64])
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("misaligned", [(0, 0), (2, 4), (3, 9)])
-def test_blocks_larger_than_a_tile(blocks_per_sm: int, misaligned: tuple[int, int]) -> None:
-    case = build_case(LARGE_BLOCKS, seed=blocks_per_sm)
-    check_copy_and_compare(case, blocks_per_sm, blocks_per_sm=blocks_per_sm, misaligned=misaligned)
+def test_blocks_larger_than_a_tile(seed: int, misaligned: tuple[int, int]) -> None:
+    check_copy_and_compare(build_case(LARGE_BLOCKS, seed=seed), seed, misaligned=misaligned)
 
 
 @pytest.mark.parametrize(("src_type", "dst_type"), CASTS)
@@ -154,7 +153,7 @@ def test_tables_that_must_not_be_executed(fields: dict[str, int], message: str) 
 
 def test_other_bad_arguments() -> None:
     table = np.zeros(1, BLOCK_COPY_DTYPE)
-    for arguments in ({"blocks_per_sm": 0}, {"tile_bytes": 8}, {"remote": [True, False]}):
+    for arguments in ({"tile_bytes": 8}, {"far_tile_bytes": 2**29}, {"peers": [1, 0]}):
         with pytest.raises(_native.TableError, match=next(iter(arguments))):
             CopyTable(table, device=0, **arguments)
     with pytest.raises(_native.CudaError) as caught:
