@@ -25,18 +25,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stock import CPU_ARGS, stock_environment
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from spmd_engine.process import child_environment
-
 PROBE = "probe.write_digests"
-_CPU_ARGS = {
-    "device": "cpu",
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-    "grammar_backend": "none",
-}
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -78,10 +71,11 @@ class StockReplica:
                 "skip_tokenizer_init": True,
                 "log_level": "error",
                 "custom_weight_loader": [PROBE],
-                **(_CPU_ARGS if device.type == "cpu" else {}),
+                **(CPU_ARGS if device.type == "cpu" else {}),
                 **server_args,
             }
-            with _environment_for_engine(on_cpu=device.type == "cpu", tp_size=len(self._ranks), scratch=self._scratch):
+            on_cpu = device.type == "cpu"
+            with _environment(stock_environment(on_cpu=on_cpu, tp_size=len(self._ranks), scratch=self._scratch)):
                 import sglang
 
                 self._engine = sglang.Engine(**arguments)
@@ -262,14 +256,9 @@ def _checkpoint_names(named: Named) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def _environment_for_engine(*, on_cpu: bool, tp_size: int, scratch: Path) -> Iterator[None]:
-    """Start `sglang.Engine` as if no launcher had started this process; its children inherit the environment."""
+def _environment(made: Mapping[str, str]) -> Iterator[None]:
+    """Another environment for a while: `sglang.Engine` and its children inherit it."""
     kept = dict(os.environ)
-    gpus = kept.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    made = child_environment(
-        kept, on_cpu=on_cpu, tp_size=tp_size, nnodes=1, interface="lo", scratch=str(scratch), gpus=gpus
-    )
-    del made["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"]  # stock SGLang broadcasts requests: leave that as it is
     os.environ.clear()
     os.environ.update(made)
     try:

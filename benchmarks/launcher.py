@@ -1,8 +1,7 @@
-"""Starts the benchmark's ranks, and ends all of them when one fails."""
+"""Starts a benchmark's ranks, and ends all of them when one fails."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -11,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+_MARK = "SPMD_ENGINE_BENCHMARK"
 _CEILINGS = "WEIGHT_SYNC_CEILINGS"
 _POLL_S = 0.1
 _GRACE_S = 1.0
@@ -25,44 +26,47 @@ _PR_SET_PDEATHSIG = 1
 
 def launched() -> bool:
     """Whether this process is one of the ranks; as such, it ends with its launcher."""
-    if _CEILINGS in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _MARK in os.environ:
+        end_with_parent()
         return True
     if "RANK" in os.environ:
         sys.exit("the benchmark starts its own ranks: run it with python, not with torchrun")
     return False
 
 
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def given_ceilings() -> dict[str, float | None]:
-    """The copy ceilings that the launcher measured."""
+    """The copy ceilings that `measured_machine` found before the ranks started."""
     found: dict[str, float | None] = json.loads(os.environ[_CEILINGS])
     return found
 
 
-def launch(args: argparse.Namespace) -> int:
-    """Run this script once a rank; returns the exit status of the first that fails, or 0."""
+def launch(name: str, *, world: int, timeout_s: float, environment: Mapping[str, str]) -> int:
+    """Run this script once a rank; returns the exit status of the first that fails, or 0.
+
+    Args:
+        name: of the benchmark, for messages.
+        world: number of ranks.
+        timeout_s: end the ranks after this time.
+        environment: more variables for them.
+    """
     signal.signal(signal.SIGTERM, _exit_on_signal)
-    world = args.tp * args.dp
-    machine = _machine()
-    if 0 < machine["gpus"] < world:
-        sys.exit(f"{world} ranks need as many GPUs; {machine['gpus']} are here")
     env = {
         **os.environ,
-        _CEILINGS: json.dumps(machine["ceilings_gb_s"]),
+        **environment,
+        _MARK: name,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
     }
     env.setdefault("OMP_NUM_THREADS", "1")
-    if args.expandable:
-        allocator = env.get("PYTORCH_CUDA_ALLOC_CONF")
-        env["PYTORCH_CUDA_ALLOC_CONF"] = ",".join(filter(None, [allocator, "expandable_segments:True"]))
-    if args.baseline:
-        # sglang.Engine sets these in its own process, our rank 0; NCCL fails where the other ranks differ.
-        env.update(NCCL_CUMEM_ENABLE="0", NCCL_NVLS_ENABLE="0")
     ranks: list[subprocess.Popen[bytes]] = []
-    deadline = time.monotonic() + args.timeout
+    deadline = time.monotonic() + timeout_s
     try:
         for rank in range(world):
             own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -74,20 +78,20 @@ def launch(args: argparse.Namespace) -> int:
                 time.sleep(_GRACE_S)  # whose end came first may be seen last
                 ended = {rank: code for rank, code in enumerate(rank.poll() for rank in ranks) if code}
                 words = ", ".join(f"rank {rank} with status {code}" for rank, code in ended.items())
-                print(f"weight_sync: ended: {words}; ending the others", file=sys.stderr)
+                print(f"{name}: ended: {words}; ending the others", file=sys.stderr)
                 return failed[0] if failed[0] > 0 else 128 - failed[0]
             if None not in status:
                 return 0
             if time.monotonic() > deadline:
                 running = [rank for rank, code in enumerate(status) if code is None]
-                sys.exit(f"weight_sync: ranks {running} were still at work after {args.timeout:.0f} s (--timeout)")
+                sys.exit(f"{name}: ranks {running} were still at work after {timeout_s:.0f} s (--timeout)")
             time.sleep(_POLL_S)
     finally:
         _end(ranks)
 
 
-def _machine() -> dict[str, Any]:
-    """The number of GPUs and the copy ceilings, found out in a process that ends before the ranks start."""
+def measured_machine(world: int) -> dict[str, str]:
+    """Variables that tell the ranks the copy ceilings, found out in a process that ends before they start."""
     script = str(Path(__file__).with_name("machine.py"))
     try:
         done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=_MACHINE_S)
@@ -95,8 +99,10 @@ def _machine() -> dict[str, Any]:
         sys.exit(f"weight_sync: the copy ceilings were not measured within {_MACHINE_S:.0f} s")
     if done.returncode:
         sys.exit(f"weight_sync: the copy ceilings could not be measured:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    machine: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if 0 < machine["gpus"] < world:
+        sys.exit(f"{world} ranks need as many GPUs; {machine['gpus']} are here")
+    return {_CEILINGS: json.dumps(machine["ceilings_gb_s"])}
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:

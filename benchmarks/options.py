@@ -17,19 +17,19 @@ def parse(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--model", default="tiny", help=f"a directory, or one of {', '.join(SHAPES)}")
-    add("--tp", type=_positive, default=1, help="ranks of a replica")
-    add("--dp", type=_positive, default=1, help="replicas; the trainer shards over all tp x dp ranks")
+    add("--tp", type=positive, default=1, help="ranks of a replica")
+    add("--dp", type=positive, default=1, help="replicas; the trainer shards over all tp x dp ranks")
     add("--trainer", choices=TRAINERS, default="fsdp2", help="plain: every rank holds everything")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the trainer's weights")
-    add("--iters", type=_positive, default=12, help="measured updates; 1000 makes a soak test")
-    add("--warmup", type=_positive, default=2, help="updates before them, the planning one included")
+    add("--iters", type=positive, default=12, help="measured updates; 1000 makes a soak test")
+    add("--warmup", type=positive, default=2, help="updates before them, the planning one included")
     add("--verify", action="store_true", help="one more update of new values, every element compared")
     add("--baseline", type=_baselines, default=(), metavar="NAME[,NAME]", help=f"also measure {', '.join(BASELINES)}")
-    add("--baseline-iters", type=_positive, default=5, help="measured updates of each baseline, after others")
+    add("--baseline-iters", type=positive, default=5, help="measured updates of each baseline, after others")
     add("--bucket-mib", type=int, default=512, help="MiB that a baseline sends at once; 0: a request for every weight")
     add(
         "--decode",
-        type=_decode,
+        type=sequences_x_tokens,
         nargs="?",
         const=(64, 128),
         metavar="SEQUENCESxTOKENS",
@@ -43,7 +43,8 @@ def parse(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
@@ -58,8 +59,9 @@ def _baselines(text: str) -> tuple[str, ...]:
     return names
 
 
-def _decode(text: str) -> tuple[int, int]:
+def sequences_x_tokens(text: str) -> tuple[int, int]:
+    """64x128 as (64, 128), for argparse."""
     sequences, cross, tokens = text.partition("x")
     if not cross:
         raise argparse.ArgumentTypeError("must look like 64x128")
-    return _positive(sequences), _positive(tokens)
+    return positive(sequences), positive(tokens)

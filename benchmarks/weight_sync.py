@@ -12,19 +12,32 @@ The baselines are SGLang's own ways, in the same run, from the same model: see `
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 
-from launcher import launch, launched
+from launcher import launch, launched, measured_machine
 from options import parse
 
 
 def main() -> None:
     args = parse((__doc__ or "").split("\n")[0])
     if not launched():
-        sys.exit(launch(args))
+        sys.exit(launch("weight_sync", world=args.tp * args.dp, timeout_s=args.timeout, environment=_environment(args)))
     from ranks import run_rank
 
     sys.exit(run_rank(args))
+
+
+def _environment(args: argparse.Namespace) -> dict[str, str]:
+    env = measured_machine(args.tp * args.dp)
+    if args.expandable:
+        allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+        env["PYTORCH_CUDA_ALLOC_CONF"] = ",".join(filter(None, [allocator, "expandable_segments:True"]))
+    if args.baseline:
+        # sglang.Engine sets these in its own process, our rank 0; NCCL fails where the other ranks differ.
+        env.update(NCCL_CUMEM_ENABLE="0", NCCL_NVLS_ENABLE="0")
+    return env
 
 
 # SGLang's processes import this file again: nothing but this may run, and the imports above are light.

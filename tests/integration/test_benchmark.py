@@ -1,4 +1,4 @@
-"""`benchmarks/weight_sync.py` as a user runs it, on the CPU."""
+"""`benchmarks/weight_sync.py` and `benchmarks/generate.py` as a user runs them, on the CPU."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import throughput_report
 
 from integration.jobs import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.one_version]
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "weight_sync.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def run(tmp_path, *arguments, timeout_s=240.0):
-    command = [sys.executable, str(SCRIPT), *arguments, "--timeout", str(timeout_s - 30)]
+def run(tmp_path, *arguments, timeout_s=240.0, script="weight_sync.py"):
+    command = [sys.executable, str(BENCHMARKS / script), *arguments, "--timeout", str(timeout_s - 30)]
     env = {**environment(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
 
@@ -62,3 +63,22 @@ def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path):
     done = run(tmp_path, "--model", str(tmp_path / "missing"), "--tp", "2", timeout_s=120.0)
     assert done.returncode == 1
     assert "missing" in done.stderr and "weight_sync: ended: rank" in done.stderr
+
+
+def test_generating_against_stock_sglang(tmp_path):
+    """Both engines make the same tokens, and the processes of ours that wait or idle cost nothing."""
+    numbers = tmp_path / "numbers.json"
+    arguments = ("--tp", "2", "--cases", "4x8", "--rounds", "1", "--async", "--waiting-ranks", "--idle-s", "3")
+    done = run(tmp_path, *arguments, "--json", str(numbers), script="generate.py")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(numbers.read_text())
+    assert found["alone"]["requests"] == 8 and found["alone"]["differing_requests"] == 0
+    assert [case["mode"] for case in found["cases"]] == ["batch", "async"]
+    assert all(case["differing_requests"] == 0 and case["compared_requests"] == 4 for case in found["cases"])
+    assert all(case[name]["tokens_s"]["min"] > 0 for case in found["cases"] for name in ("SpmdEngine", "sglang.Engine"))
+    idle, memory = found["idle"]["SpmdEngine"], found["memory"]
+    assert len(idle) == 4 and max(idle.values()) < 0.01
+    ours, theirs = (throughput_report.added_memory(memory[name], "pss") for name in ("SpmdEngine", "sglang.Engine"))
+    assert 0 < ours < theirs
+    assert {"asleep", "in a call of the engine"} < found["waiting"]["ways"].keys()
+    assert "ratio" in done.stdout and "sglang.Engine adds" in done.stdout

@@ -1,0 +1,59 @@
+"""What processes hold of the machine: memory and CPU time, read from /proc."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_TICKS_S = 1.0 / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Memory of one process, in bytes. See proc(5), smaps_rollup.
+
+    Attributes:
+        role: what the process is for.
+        rss: resident, pages that it shares counted whole.
+        pss: resident, of a page that n processes share one n-th; None where the kernel does not tell.
+        pss_anon: the part of `pss` that no file backs.
+    """
+
+    role: str
+    pid: int
+    rss: int
+    pss: int | None
+    pss_anon: int | None
+
+
+def held_by(roles: Mapping[int, str]) -> list[Held]:
+    """What processes hold now, given their roles by process id."""
+    return [_held(pid, role) for pid, role in roles.items()]
+
+
+def _held(pid: int, role: str) -> Held:
+    rss = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:  # not offered by every container runtime
+        return Held(role, pid, rss, None, None)
+    fields = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}
+    return Held(role, pid, fields["Rss"], fields.get("Pss"), fields.get("Pss_Anon"))
+
+
+def busy_shares(roles: Mapping[int, str], seconds: float) -> dict[str, float]:
+    """Which share of one core each process uses over some seconds, by role and process id."""
+    before = {pid: _cpu_s(pid) for pid in roles}
+    began = time.monotonic()
+    time.sleep(seconds)
+    passed = time.monotonic() - began
+    return {f"{role} {pid}": (_cpu_s(pid) - before[pid]) / passed for pid, role in roles.items()}
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU seconds of all threads of a process so far, in its own code and in the kernel's for it."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * _TICKS_S
