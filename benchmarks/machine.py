@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 CEILING_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
+HOST_BYTES = 1 << 30
 SAMPLE_S = 0.001
 
 Ceilings = Mapping[str, float | None]
@@ -49,7 +50,11 @@ def median_copy_s(run: Callable[[], Any], *, device: torch.device, repeat: int =
 
 
 def measure_ceilings() -> dict[str, float | None]:
-    """GB/s of large copies, each byte counted once: "local" inside a device, "peer" from another (None if alone)."""
+    """GB/s of large copies, each byte counted once.
+
+    Returns:
+        "local" inside a device, "peer" from another one (None if alone), "host" from pinned CPU memory to a GPU.
+    """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     size = CEILING_BYTES[device.type]
 
@@ -60,17 +65,22 @@ def measure_ceilings() -> dict[str, float | None]:
 
     local = rate(device)
     if device.type == "cpu":
-        return {"local": local, "peer": local}  # all ranks share one memory
-    return {"local": local, "peer": rate(torch.device("cuda", 1)) if torch.cuda.device_count() > 1 else None}
+        return {"local": local, "peer": local, "host": None}  # all ranks share one memory
+    pinned = torch.ones(HOST_BYTES, dtype=torch.uint8).pin_memory()
+    to_gpu = torch.empty(HOST_BYTES, dtype=torch.uint8, device=device)
+    host = HOST_BYTES / median_copy_s(lambda: to_gpu.copy_(pinned, non_blocking=True), device=device) / 1e9
+    peer = rate(torch.device("cuda", 1)) if torch.cuda.device_count() > 1 else None
+    return {"local": local, "peer": peer, "host": host}
 
 
-def floor_s(local: int, remote: int, *, written_per_read: float, ceilings: Ceilings) -> float:
+def floor_s(local: int, remote: int, staged: int = 0, *, written_per_read: float, ceilings: Ceilings) -> float:
     """Seconds that the copy of one rank takes at least.
 
     All its bytes go through its own memory, and at the same time those of other ranks come over the link.
 
     Args:
         local, remote: bytes read from the rank's own shard, and from those of other ranks.
+        staged: bytes that come to a GPU from CPU memory.
         written_per_read: 1 without a cast; 0.5 for float32 to bfloat16. A ceiling counts a byte that is read and
             written once, so a cast counts the mean of what it reads and writes.
         ceilings: GB/s, from `measure_ceilings`.
@@ -81,6 +91,8 @@ def floor_s(local: int, remote: int, *, written_per_read: float, ceilings: Ceili
     rate = ceilings["local"]
     assert rate is not None
     memory = (local + remote) * (1 + written_per_read) / 2 / (rate * 1e9)
+    if staged and ceilings["host"]:
+        memory = max(memory, staged / (ceilings["host"] * 1e9))
     if not remote:
         return memory
     link = ceilings["peer"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from spmd_engine.shapes import SHAPES
 
 TRAINERS = ("fsdp2", "fsdp1", "plain")
+OFFLOADS = ("none", "pinned", "pageable")
 DTYPES = ("bfloat16", "float16", "float32")
 BASELINES = ("sglang-tensor", "sglang-flattened")
 
@@ -20,6 +21,8 @@ def parse(description: str) -> argparse.Namespace:
     add("--tp", type=positive, default=1, help="ranks of a replica")
     add("--dp", type=positive, default=1, help="replicas; the trainer shards over all tp x dp ranks")
     add("--trainer", choices=TRAINERS, default="fsdp2", help="plain: every rank holds everything")
+    add("--match-tp", action="store_true", help="fsdp2 shards o_proj and down_proj as the engine does, by Shard(1)")
+    add("--offload", choices=OFFLOADS, default="none", help="the trainer's weights lie in CPU memory")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the trainer's weights")
     add("--iters", type=positive, default=12, help="measured updates; 1000 makes a soak test")
     add("--warmup", type=positive, default=2, help="updates before them, the planning one included")
@@ -40,7 +43,14 @@ def parse(description: str) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
     add("--plot", type=Path, metavar="FILE", help="write a PNG there")
     add("--timeout", type=float, default=1800.0, metavar="SECONDS", help="end the ranks after this time")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.match_tp and args.trainer != "fsdp2":
+        parser.error("--match-tp needs --trainer fsdp2")
+    if args.offload != "none" and args.trainer == "fsdp1":
+        parser.error("--offload needs --trainer fsdp2 or plain")
+    if args.offload != "none" and args.baseline:
+        parser.error("--offload has no baselines: SGLang's own ways take weights from the GPU")
+    return args
 
 
 def positive(text: str) -> int:

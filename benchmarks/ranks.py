@@ -93,9 +93,16 @@ def _server_args(args: argparse.Namespace) -> dict[str, Any]:
 def _measure(job: Job) -> dict[str, Any]:
     args, leads = job.args, dist.get_rank() == 0
     ceilings = given_ceilings()
-    model = make_trainer(job.path, args.trainer, dtype=DTYPES[args.dtype], device=job.device)
+    model = make_trainer(
+        job.path,
+        args.trainer,
+        dtype=DTYPES[args.dtype],
+        device=job.device,
+        offload=args.offload,
+        match_tp=args.match_tp,
+    )
     renew(model, seed=2)
-    facts = {name: getattr(args, name) for name in ("model", "trainer", "dtype", "tp", "dp")}
+    facts = {name: getattr(args, name) for name in ("model", "trainer", "match_tp", "offload", "dtype", "tp", "dp")}
     result: dict[str, Any] = {
         "header": header(job.device, **facts, ranks=dist.get_world_size()),
         "ceilings_gb_s": ceilings,
@@ -163,6 +170,7 @@ def _measure_engine(job: Job, model: torch.nn.Module) -> tuple[dict[str, Any], d
         "first_s": {name: first[name] for name in ("record", "plan", "bind", "total")},
         "local_bytes": stats.local_bytes,
         "peer_bytes": stats.remote_bytes,
+        "staged_bytes": stats.staged_bytes,
         "network_bytes": 0,  # the ranks were started on one host, by this benchmark
         "block_copies": stats.block_copies,
         "fallback_weights": len(stats.fallback_weights),
@@ -192,9 +200,12 @@ def _summary(job: Job, ranks: list[dict[str, Any]], ceilings: dict[str, float | 
     args = job.args
     engine_dtype = DTYPES.get(str(args.server_args.get("dtype", "bfloat16")), torch.bfloat16)
     ratio = engine_dtype.itemsize / DTYPES[args.dtype].itemsize
-    most = max(ranks, key=lambda rank: rank["local_bytes"] + rank["peer_bytes"])
+    most = max(ranks, key=lambda rank: rank["local_bytes"] + rank["peer_bytes"] + rank["staged_bytes"])
     floors = [
-        floor_s(rank["local_bytes"], rank["peer_bytes"], written_per_read=ratio, ceilings=ceilings) for rank in ranks
+        floor_s(
+            rank["local_bytes"], rank["peer_bytes"], rank["staged_bytes"], written_per_read=ratio, ceilings=ceilings
+        )
+        for rank in ranks
     ]
     wrong = [rank["wrong_elements"] for rank in ranks]
     decode = None
@@ -205,7 +216,7 @@ def _summary(job: Job, ranks: list[dict[str, Any]], ceilings: dict[str, float | 
     return {
         "phases_s": report.slowest([rank["rows_s"] for rank in ranks]),
         "first_s": {name: max(rank["first_s"][name] for rank in ranks) for name in most["first_s"]},
-        **{name: most[name] for name in ("local_bytes", "peer_bytes", "network_bytes", "block_copies")},
+        **{name: most[name] for name in ("local_bytes", "peer_bytes", "staged_bytes", "network_bytes", "block_copies")},
         "fallback_weights": most["fallback_weights"],
         "floor_s": max(floors),
         "wrong_elements": None if None in wrong else sum(wrong),

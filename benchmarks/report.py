@@ -30,11 +30,13 @@ def print_engine(result: dict[str, Any]) -> None:
     ours, ceilings, phases = result["spmd_engine"], result["ceilings_gb_s"], result["spmd_engine"]["phases_s"]
     print("\n" + "  ".join(f"{name} {value}" for name, value in result["header"].items()))
     peer = "none" if ceilings["peer"] is None else f"{ceilings['peer']:.0f} GB/s"
-    print(f"copy ceilings (each byte counted once): inside a device {ceilings['local']:.0f} GB/s, from a peer {peer}")
-    moved = ours["local_bytes"] + ours["peer_bytes"]
+    line = f"copy ceilings (each byte counted once): inside a device {ceilings['local']:.0f} GB/s, from a peer {peer}"
+    print(line + (f", from the CPU {ceilings['host']:.1f} GB/s" if ceilings["host"] else ""))
+    moved = ours["local_bytes"] + ours["peer_bytes"] + ours["staged_bytes"]
     print(
         f"bytes of the rank with the most: {moved / 1e9:.3f} GB = own shard {ours['local_bytes'] / 1e9:.3f} + "
-        f"{_link(result)} {ours['peer_bytes'] / 1e9:.3f} + network {ours['network_bytes'] / 1e9:.0f} (one host); "
+        f"{_link(result)} {ours['peer_bytes'] / 1e9:.3f} + "
+        f"through buckets {ours['staged_bytes'] / 1e9:.3f} + network {ours['network_bytes'] / 1e9:.0f} (one host); "
         f"{ours['block_copies']} block copies, {ours['fallback_weights']} fallback weights"
     )
     print("first update, ms: " + ", ".join(f"{name} {value * 1e3:.1f}" for name, value in ours["first_s"].items()))
@@ -44,7 +46,8 @@ def print_engine(result: dict[str, Any]) -> None:
         label = f"  of which {phase}" if phase in INSIDE else phase
         print(f"{label:22}" + "".join(f"{times[key] * 1e3:10.3f}" for key in ("min", "median", "max")))
 
-    device, floor = phases["device"]["median"], ours["floor_s"]
+    timed = "copy" if ours["staged_bytes"] else "device"
+    device, floor = phases[timed]["median"], ours["floor_s"]
     rate = moved / device / 1e9
     line = f"\ncopy {rate:.0f} GB/s = {rate / ceilings['local']:.0%} of the local ceiling"
     if rate > ceilings["local"]:
@@ -52,9 +55,11 @@ def print_engine(result: dict[str, Any]) -> None:
     if ours["peer_bytes"] and ceilings["peer"]:
         link = ours["peer_bytes"] / device / 1e9
         line += f"; {_link(result)} {link:.0f} GB/s = {link / ceilings['peer']:.0%} of its ceiling"
+    if ours["staged_bytes"] and ceilings["host"]:
+        line += f"; {rate / ceilings['host']:.0%} of the rate from the CPU"
     print(line)
     print(
-        f"floor {floor * 1e3:.3f} ms: device {device / floor:.3f} x, "
+        f"floor {floor * 1e3:.3f} ms: {timed} {device / floor:.3f} x, "
         f"whole call {phases['total']['median'] / floor:.2f} x"
     )
     wrong = ours["wrong_elements"]

@@ -17,7 +17,7 @@ from spmd_engine.links import Frame
 from spmd_engine.plan import TransferPlan
 from spmd_engine.stages import ARRIVED, BUCKETS, PACKED, StagedPlan, Step
 
-BUCKET_BYTES = 32 << 20
+BUCKET_BYTES = 64 << 20
 # [kind, message] of what went wrong on a rank, None if nothing did.
 Failure = list[str] | None
 Attempt = Callable[[Callable[[], object]], Failure]
@@ -107,7 +107,9 @@ class StagedTransfer:
         # Shards in CPU memory are packed there, then go to the GPU.
         self._pack_device = torch.device("cpu") if shards_on_cpu else device
         self._packed = [self._buckets[number] for number in PACKED]
+        self._copies: torch.cuda.Stream | None = None
         if self._pack_device != device:
+            self._copies = torch.cuda.Stream(device)
             self._packed = [torch.empty(len(bucket), dtype=torch.uint8, pin_memory=True) for bucket in self._packed]
         self._memories: dict[int, ShardMemory] = {}
         self._network: Network | None = None
@@ -182,8 +184,16 @@ class StagedTransfer:
             The failure of this rank; whether that of some rank stopped all; and how many elements differ.
         """
         wrong = [0]
+
+        def fill() -> None:
+            self._pack(0, wrong, verify)
+            if self._copies is not None:
+                self._upload(0)
+                self._pack(1, wrong, verify)
+                self._synchronize()
+
         if failure is None:
-            failure = attempt(lambda: self._pack(0, wrong, verify))
+            failure = attempt(fill)
         for number in range(self._rounds + 1):
             if agree(failure):
                 return failure, True, wrong[0]
@@ -191,13 +201,21 @@ class StagedTransfer:
         return failure, False, wrong[0]
 
     def _turn(self, number: int, wrong: list[int], verify: bool) -> None:
-        """Everybody has packed step `number`, and unpacked the one before the last."""
+        """Everybody has step `number` in the bucket that it is sent from, and has unpacked the one before the last."""
         wait = self._send(number)
         try:
-            self._pack(number + 1, wrong, verify)
-            self._unpack(number - 1, wrong, verify)
+            unpacking = self._begin_unpack(number - 1)
+            self._upload(number + 1)
+            self._pack(number + (1 if self._copies is None else 2), wrong, verify)
+            if unpacking is not None:
+                unpacking.finish()
+                if verify:
+                    wrong[0] += unpacking.compare()
         finally:
             wait()
+        self._synchronize()
+
+    def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -212,8 +230,14 @@ class StagedTransfer:
         pack.finish()
         if verify:
             wrong[0] += pack.compare()
-        if self._pack_device != self._device:
-            slot, size = number % len(PACKED), step.kept + sum(step.sends)
+
+    def _upload(self, number: int) -> None:
+        """Begin to copy what was packed on the CPU for a GPU. On a stream of its own: others may wait for theirs."""
+        step = self._step(number)
+        if step is None or self._copies is None:
+            return
+        slot, size = number % len(PACKED), step.kept + sum(step.sends)
+        with torch.cuda.stream(self._copies):
             self._buckets[PACKED[slot]][:size].copy_(self._packed[slot][:size], non_blocking=True)
 
     def _send(self, number: int) -> Callable[[], None]:
@@ -241,13 +265,11 @@ class StagedTransfer:
     def _broken(self, error: Exception) -> TransferError:
         return TransferError(f"rank {self._rank}: weights did not come over the network: {error}")
 
-    def _unpack(self, number: int, wrong: list[int], verify: bool) -> None:
+    def _begin_unpack(self, number: int) -> transfer.Transfer | None:
         if self._step(number) is None or (unpack := self._unpacks[number]) is None:
-            return
+            return None
         unpack.start()
-        unpack.finish()
-        if verify:
-            wrong[0] += unpack.compare()
+        return unpack
 
     def close(self) -> None:
         """Give back what the transfer holds. Twice is fine."""
