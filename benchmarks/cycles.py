@@ -46,7 +46,7 @@ def run_rank(args: argparse.Namespace) -> int:
         path = model_directory(args.model, Path(shared[0]))
         found = _measure(args, path, device)
         dist.barrier()
-    result = {"header": header(device, model=args.model, tp=args.tp, cycles=args.cycles), **found}
+    result = {"header": header(device, model=args.model, tp=args.tp, cycles=args.cycles, pause_s=args.pause_s), **found}
     if dist.get_rank() == 0:
         _print(result)
         if args.json is not None:
@@ -71,7 +71,7 @@ def _measure(args: argparse.Namespace, path: Path, device: torch.device) -> dict
             return {"phases_s": {}, "changed": int(_tokens(engine) != expected)}
         rows, levels, changed = [], [], 0
         for cycle in range(WARMUP + args.cycles):
-            row, asleep = _cycle(engine, model, device)
+            row, asleep = _cycle(engine, model, device, args.pause_s)
             rows.append(row)
             if cycle % args.check_every == 0:
                 changed += _tokens(engine) != expected
@@ -91,10 +91,13 @@ def _measure(args: argparse.Namespace, path: Path, device: torch.device) -> dict
     }
 
 
-def _cycle(engine: SpmdEngine, model: torch.nn.Module, device: torch.device) -> tuple[dict[str, float], int]:
+def _cycle(
+    engine: SpmdEngine, model: torch.nn.Module, device: torch.device, pause_s: float
+) -> tuple[dict[str, float], int]:
     """One cycle: the seconds of its phases, and the bytes in use while the engine slept."""
     row = {"release": _timed(engine.sleep)}
     asleep = _used(device)
+    time.sleep(pause_s)
     row["resume weights"] = _timed(lambda: engine.resume_memory_occupation(WEIGHTS))
     row["update_weights"] = _timed(lambda: engine.update_weights(model))
     row["resume the rest"] = _timed(lambda: engine.resume_memory_occupation(REST))

@@ -2,8 +2,8 @@
 
     python benchmarks/sleep_wake.py --model qwen2-7b --tp 1 --cycles 200
 
-A cycle is `sleep()`, `resume_memory_occupation(["weights"])`, `update_weights(model)`, and the KV cache and the CUDA
-graphs again; every few cycles greedy tokens are compared with those of the start. Starts its own ranks, one a GPU.
+A cycle is `sleep()`, a pause, `resume_memory_occupation(["weights"])`, `update_weights(model)`, and the KV cache and the
+CUDA graphs again; every few cycles greedy tokens are compared with those of the start. Starts its own ranks, one a GPU.
 Without a GPU nothing can be released: the engine starts, takes weights and generates.
 """
 
@@ -26,6 +26,7 @@ def parse() -> argparse.Namespace:
     add("--model", default="tiny", help=f"a directory, or one of {', '.join(SHAPES)}")
     add("--tp", type=positive, default=1, help="ranks of the engine, over which the trainer shards by FSDP2")
     add("--cycles", type=positive, default=20, help="measured cycles")
+    add("--pause-s", type=float, default=0.3, metavar="SECONDS", help="how long the engine sleeps in each cycle")
     add("--check-every", type=positive, default=10, help="cycles between two comparisons of tokens")
     add("--server-args", type=json.loads, default={}, help="more arguments of the engine, as JSON")
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
