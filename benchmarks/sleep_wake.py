@@ -2,9 +2,9 @@
 
     python benchmarks/sleep_wake.py --model qwen2-7b --tp 1 --cycles 200
 
-A cycle is `sleep()`, a pause, `resume_memory_occupation(["weights"])`, `update_weights(model)`, and the KV cache and the
-CUDA graphs again; every few cycles greedy tokens are compared with those of the start. Starts its own ranks, one a GPU.
-Without a GPU nothing can be released: the engine starts, takes weights and generates.
+A cycle is `sleep()`, a pause, `resume_memory_occupation(["weights"])`, `update_weights(model)`, and the KV cache and
+the CUDA graphs again; every few cycles greedy tokens are compared with those of the start. Starts its own ranks, one a
+GPU; without one nothing can be released, and the engine only starts, takes weights and generates.
 """
 
 from __future__ import annotations

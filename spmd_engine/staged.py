@@ -161,7 +161,7 @@ class StagedTransfer:
         """
         for pack, unpack in zip(self._packs, self._unpacks, strict=True):
             if pack is not None:
-                pack.bind({self._rank: memories[self._rank]})
+                pack.bind(memories)
             if unpack is not None:
                 unpack.bind(self._memories)
 

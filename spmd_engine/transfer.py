@@ -20,7 +20,7 @@ from spmd_engine.fd_passing import PassingError
 from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.plan import TransferPlan
 
-_MAX_THREADS = 8
+_MAX_THREADS = 16
 _NATIVE_ERRORS = (_native.NativeError, _native.TableError)
 
 

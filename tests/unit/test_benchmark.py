@@ -6,11 +6,11 @@ import machine
 import pytest
 import report
 
-CEILINGS = {"local": 2000.0, "peer": 400.0}
+CEILINGS = {"local": 2000.0, "peer": 400.0, "host": 50.0}
 
 
-def floor(local, remote, written_per_read=1.0, **ceilings):
-    return machine.floor_s(local, remote, written_per_read=written_per_read, ceilings={**CEILINGS, **ceilings})
+def floor(local, remote, staged=0, written_per_read=1.0, **ceilings):
+    return machine.floor_s(local, remote, staged, written_per_read=written_per_read, ceilings={**CEILINGS, **ceilings})
 
 
 def test_own_bytes_take_the_rate_inside_a_device():
@@ -27,6 +27,11 @@ def test_a_cast_reads_more_than_it_writes():
     assert floor(8_000_000_000, 0, written_per_read=0.5) == pytest.approx(3e-3)
     # All that crosses the link is read there.
     assert floor(0, 8_000_000_000, written_per_read=0.5) == pytest.approx(20e-3)
+
+
+def test_what_comes_from_the_cpu_takes_the_rate_from_there():
+    assert floor(0, 0, staged=5_000_000_000) == pytest.approx(0.1)
+    assert floor(2_000_000_000, 0, staged=5_000_000, host=None) == pytest.approx(1e-3)
 
 
 def test_no_floor_is_invented_for_an_unmeasured_link():
