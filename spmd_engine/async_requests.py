@@ -18,12 +18,13 @@ from typing import Any
 
 from spmd_engine import requests as req
 from spmd_engine.caller import Caller, copy_of
-from spmd_engine.channel import Abort, Held, Progress, Refused, Submit
+from spmd_engine.channel import Abort, Held, Progress, Refused, Submit, Submits
 from spmd_engine.errors import CollectiveTimeoutError, InvalidRequestError, SpmdEngineError
 from spmd_engine.requests import GenerateOutput, GenerateRequest, Increment, TextStream
 
 _LIVENESS_S = 1.0
 _NEXT_LOOK_S = 0.01
+_OUTBOX_LIMIT = 64
 
 
 @dataclass(eq=False)
@@ -115,10 +116,14 @@ class AsyncRequests:
         self._timer: asyncio.TimerHandle
         self._heard = 0.0
         self._is_held = False
+        # Requests that begin in the same turn of the event loop go out together: sooner, and into one batch of SGLang.
+        self._outbox: list[Submit] = []
+        self._outbox_lock = threading.Lock()
         # What has come, in the order in which it came: appended by whoever reads the channel, taken by the event loop.
         self._inbox: deque[object] = deque()
         caller.on_message = self._notice
         caller.on_end = self._notice
+        caller.before_send = self._send_outbox
 
     # ---- the caller's side ----
 
@@ -154,10 +159,25 @@ class AsyncRequests:
         self._names[name] = [one.rid for one in made]
         self._loop, self._thread = loop, threading.get_ident()
         self._watch()
-        self._caller.send(Submit({one.rid: one.request for one in made}, stream))
+        self._post(loop, Submit({one.rid: one.request for one in made}, stream))
         if timeout_s is not None:
             self._timers[name] = loop.call_later(timeout_s, self.abort, name, f"timed out after {timeout_s:g} s")
         return name, made
+
+    def _post(self, loop: asyncio.AbstractEventLoop, submit: Submit) -> None:
+        with self._outbox_lock:
+            self._outbox.append(submit)
+            waiting = len(self._outbox)
+        if waiting == 1:
+            loop.call_soon(self._send_outbox)
+        elif waiting >= _OUTBOX_LIMIT:
+            self._send_outbox()
+
+    def _send_outbox(self) -> None:
+        with self._outbox_lock:  # held until they are sent: what another thread sends comes after them
+            submits, self._outbox = tuple(self._outbox), []
+            if submits:
+                self._caller.send_now(Submits(submits))
 
     async def wait(self, name: str, sequences: list[_Sequence], *, with_text: bool) -> list[dict[str, Any]]:
         """The results, once all sequences are over.
@@ -306,7 +326,8 @@ class AsyncRequests:
             for more in message.increments:
                 if (one := self._sequences.get(more.rid)) is not None:
                     one.take(more)
-                    one.news.put_nowait(one)
+                    if one.streams or one.is_over:
+                        one.news.put_nowait(one)
         elif isinstance(message, Refused):
             for rid in message.rids:
                 if (one := self._sequences.get(rid)) is not None:

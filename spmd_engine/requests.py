@@ -30,28 +30,23 @@ class GenerateRequest:
     priority: int | None = None
 
     def to_frame(self) -> tuple[dict[str, Any], bytes]:
-        """As JSON-able values and bytes, for a ticket.
-
-        Raises:
-            InvalidRequestError: the sampling parameters cannot be written so.
-        """
-        header = {**vars(self), "input_ids": len(self.input_ids)}
-        try:
-            json.dumps(header)
-        except (TypeError, ValueError) as error:
-            raise InvalidRequestError(
-                f"sampling parameters of requests that run beside others must be plain values: {error}"
-            ) from error
-        return header, self.input_ids.tobytes()
+        """As values that JSON can tell, if the sampling parameters can be told so, and bytes; for a ticket."""
+        return {**vars(self), "input_ids": len(self.input_ids)}, self.input_ids.tobytes()
 
     def as_told(self) -> GenerateRequest:
         """This request as it is after a frame has been sent and received.
 
         Raises:
-            InvalidRequestError: see `to_frame`.
+            InvalidRequestError: the sampling parameters cannot be told.
         """
         header, blob = self.to_frame()
-        return GenerateRequest.from_frame(json.loads(json.dumps(header)), blob)
+        try:
+            told = json.loads(json.dumps(header))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"sampling parameters of requests that run beside others must be plain values: {error}"
+            ) from error
+        return GenerateRequest.from_frame(told, blob)
 
     @staticmethod
     def from_frame(header: dict[str, Any], blob: bytes) -> GenerateRequest:

@@ -39,6 +39,7 @@ from spmd_engine.channel import (
     Shutdown,
     Start,
     Submit,
+    Submits,
 )
 from spmd_engine.digest import digest
 from spmd_engine.errors import EngineBusyError, ErrorReport, SpmdEngineError
@@ -68,6 +69,9 @@ class Feed:
         self._start, self._channel, self._watchdog = start, channel, watchdog
         self._links = {start.link.ranks: links}
         self._replica = start.link.ranks
+        self._either = select.poll()  # on members: the trainer, or the first rank
+        for fd in (channel.fileno(), *(sock.fileno() for sock in links.data.values())):
+            self._either.register(fd, select.POLLIN)
         self._spin_s = 0.0 if start.on_cpu else _SPIN_S
         self._running: Call | None = None  # a rollout
         self._pending: Call | None = None  # a collective call that has come and has not begun
@@ -171,7 +175,7 @@ class Feed:
 
     def _check_all_here(self) -> None:
         """No rank of the replica may have shut its engine down when requests begin or go on."""
-        for rank in sorted(self._watchdog.departed & set(self._replica)):
+        for rank in sorted(self._watchdog.departed.intersection(self._replica)):
             message = f"rank {rank} has shut its engine down: no request can run"
             self._watchdog.die(ErrorReport("EngineClosedError", message, rank))
 
@@ -265,13 +269,10 @@ class Feed:
         """Wait for the first rank, whose frame is returned, or for the trainer, whose message is taken."""
         links = self._links[self._replica]
         hub = links.data[links.hub]
-        poller = select.poll()
-        poller.register(self._channel, select.POLLIN)
-        poller.register(hub, select.POLLIN)
         end = time.monotonic() + (self._spin_s if self._is_coming else 0.0)
-        while not (ready := poller.poll(0)) and time.monotonic() < end:
+        while not (ready := self._either.poll(0)) and time.monotonic() < end:
             pass
-        if hub.fileno() not in (fd for fd, _ in ready or poller.poll()):
+        if hub.fileno() not in (fd for fd, _ in ready or self._either.poll()):
             self._take_message()
             return None
         try:
@@ -309,8 +310,8 @@ class Feed:
             self._weights.offer(message.counts, socket.socket(fileno=fds[0]))
         elif isinstance(message, Call):
             self._hold(message)
-        elif isinstance(message, Submit):
-            self._later.append(message)
+        elif isinstance(message, Submits):
+            self._later += message.submits
             self._admit()
         elif isinstance(message, Abort):
             self._abort(message.rids)
