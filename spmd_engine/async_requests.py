@@ -18,9 +18,9 @@ from typing import Any
 
 from spmd_engine import requests as req
 from spmd_engine.caller import Caller, copy_of
-from spmd_engine.channel import Abort, Held, Progress, Refused, Submit, Submits
+from spmd_engine.channel import Abort, Held, ParseCalls, Parsed, Progress, Refused, Submit, Submits
 from spmd_engine.errors import CollectiveTimeoutError, InvalidRequestError, SpmdEngineError
-from spmd_engine.requests import GenerateOutput, GenerateRequest, Increment, TextStream
+from spmd_engine.requests import FunctionCall, GenerateOutput, GenerateRequest, Increment, TextStream
 
 _LIVENESS_S = 1.0
 _NEXT_LOOK_S = 0.01
@@ -108,6 +108,7 @@ class AsyncRequests:
         self._sequences: dict[str, _Sequence] = {}
         self._names: dict[str, list[str]] = {}  # the sequences of each request
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._questions: dict[str, asyncio.Future[tuple[str, list[FunctionCall]]]] = {}  # texts that are parsed
         self._count = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
@@ -141,14 +142,9 @@ class AsyncRequests:
             InvalidRequestError: the id is in use, or requests run in another event loop.
             SpmdEngineError: the engine has ended.
         """
-        loop = asyncio.get_running_loop()
-        if self._loop is not None and self._loop.is_closed():
-            self._forget_all()
-        if self._sequences and loop is not self._loop:
-            raise InvalidRequestError("requests of this engine run in another event loop: use one for all of them")
+        loop = self._enter_loop()
         if request_id is not None and request_id in self._names:
             raise InvalidRequestError(f"request_id {request_id!r} runs already: give each request an id of its own")
-        self._caller.check_alive()
         self._count += 1
         name = request_id if request_id is not None else f"request-{self._count}"
         news: asyncio.Queue[_Sequence] = asyncio.Queue()
@@ -157,12 +153,47 @@ class AsyncRequests:
             self._heard = time.monotonic()
         self._sequences.update({one.rid: one for one in made})
         self._names[name] = [one.rid for one in made]
-        self._loop, self._thread = loop, threading.get_ident()
         self._watch()
         self._post(loop, Submit({one.rid: one.request for one in made}, stream))
         if timeout_s is not None:
             self._timers[name] = loop.call_later(timeout_s, self.abort, name, f"timed out after {timeout_s:g} s")
         return name, made
+
+    async def parse(self, text: str, tools: list[Any], parser: str) -> tuple[str, list[FunctionCall]]:
+        """What a parser of SGLang's finds in a text.
+
+        Raises:
+            InvalidRequestError: see `adapter.parse_function_calls`.
+            SpmdEngineError: the engine has ended.
+        """
+        loop = self._enter_loop()
+        self._count += 1
+        rid = f"text-{self._count}"
+        future = self._questions[rid] = loop.create_future()
+        self._heard = time.monotonic()
+        self._watch()
+        try:
+            self._caller.send(ParseCalls(rid, text, tools, parser))
+            return await future
+        finally:
+            self._questions.pop(rid, None)
+            self._unwatch_if_idle()
+
+    def _enter_loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop of the caller, which is that of all that is under way.
+
+        Raises:
+            InvalidRequestError: it is not.
+            SpmdEngineError: the engine has ended.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is not None and self._loop.is_closed():
+            self._forget_all()
+        if (self._sequences or self._questions) and loop is not self._loop:
+            raise InvalidRequestError("requests of this engine run in another event loop: use one for all of them")
+        self._caller.check_alive()
+        self._loop, self._thread = loop, threading.get_ident()
+        return loop
 
     def _post(self, loop: asyncio.AbstractEventLoop, submit: Submit) -> None:
         with self._outbox_lock:
@@ -260,8 +291,7 @@ class AsyncRequests:
             timer.cancel()
         for one in sequences:
             self._sequences.pop(one.rid, None)
-        if not self._sequences:
-            self._unwatch()
+        self._unwatch_if_idle()
 
     def _forget_all(self) -> None:
         """The event loop that waited for these was closed."""
@@ -269,12 +299,22 @@ class AsyncRequests:
         self._sequences.clear()
         self._names.clear()
         self._timers.clear()
+        self._questions.clear()
         self._is_watching, self._loop = False, None
 
     # ---- the channel ----
 
+    def _unwatch_if_idle(self) -> None:
+        if not self._sequences and not self._questions:
+            self._unwatch()
+
     def _watch(self) -> None:
-        if self._sequences and not self._is_watching and self._loop is not None and self._caller.fileno() >= 0:
+        if (
+            (self._sequences or self._questions)
+            and not self._is_watching
+            and self._loop is not None
+            and self._caller.fileno() >= 0
+        ):
             self._fd = self._caller.fileno()
             self._loop.add_reader(self._fd, self._readable)
             self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
@@ -300,10 +340,9 @@ class AsyncRequests:
         """Nothing may stay silent for ever."""
         running = any(not one.is_over for one in self._sequences.values())
         silent_s = time.monotonic() - self._heard
-        if running and not self._is_held and silent_s > self._timeout_s:
-            error = CollectiveTimeoutError(
-                f"nothing was heard of {len(self._sequences)} running requests for {silent_s:.0f} s"
-            )
+        if ((running and not self._is_held) or self._questions) and silent_s > self._timeout_s:
+            count = len(self._sequences) + len(self._questions)
+            error = CollectiveTimeoutError(f"nothing was heard of {count} running requests for {silent_s:.0f} s")
             with contextlib.suppress(CollectiveTimeoutError):
                 self._caller.fail_if_idle(error)
         if self._is_watching and self._loop is not None:
@@ -328,8 +367,13 @@ class AsyncRequests:
                     one.take(more)
                     if one.streams or one.is_over:
                         one.news.put_nowait(one)
+        elif isinstance(message, Parsed):
+            if (future := self._questions.get(message.rid)) is not None and not future.done():
+                future.set_result((message.text, message.calls))
         elif isinstance(message, Refused):
             for rid in message.rids:
+                if (future := self._questions.get(rid)) is not None and not future.done():
+                    future.set_exception(message.error.to_exception())
                 if (one := self._sequences.get(rid)) is not None:
                     one.error = message.error.to_exception()
                     one.news.put_nowait(one)
@@ -337,6 +381,9 @@ class AsyncRequests:
     def _end(self, error: Exception) -> None:
         """The engine has ended."""
         self._unwatch()
+        for future in self._questions.values():
+            if not future.done():
+                future.set_exception(copy_of(error))
         for one in self._sequences.values():
             if not one.is_over:
                 one.error = copy_of(error)

@@ -200,10 +200,29 @@ class Held:
 
 @dataclass(frozen=True)
 class Refused:
-    """Requests that did not begin, and why."""
+    """Requests that did not begin, or a text that was not parsed, and why."""
 
     rids: tuple[str, ...]
     error: ErrorReport
+
+
+@dataclass(frozen=True)
+class ParseCalls:
+    """Find the function calls in `text`, with one of SGLang's parsers; answered by `Parsed` or `Refused`."""
+
+    rid: str
+    text: str
+    tools: list[Any]
+    parser: str
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Answer to `ParseCalls`: the text around the calls, and a list of `requests.FunctionCall`."""
+
+    rid: str
+    text: str
+    calls: list[Any]
 
 
 @dataclass(frozen=True)
