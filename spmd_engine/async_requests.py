@@ -12,78 +12,19 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from spmd_engine import requests as req
 from spmd_engine.caller import Caller, copy_of
 from spmd_engine.channel import Abort, Held, ParseCalls, Parsed, Progress, Refused, Submit, Submits
 from spmd_engine.errors import CollectiveTimeoutError, InvalidRequestError, SpmdEngineError
-from spmd_engine.requests import FunctionCall, GenerateOutput, GenerateRequest, Increment, TextStream
+from spmd_engine.requests import FunctionCall, GenerateOutput, GenerateRequest, TextStream
+from spmd_engine.sequences import RunningSequence
 
 _LIVENESS_S = 1.0
 _NEXT_LOOK_S = 0.01
 _OUTBOX_LIMIT = 64
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """One sequence under way."""
-
-    rid: str
-    index: int
-    request: GenerateRequest
-    news: asyncio.Queue[_Sequence]
-    output_ids: list[int] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    logprobs: dict[str, list[Any]] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    finish_reason: dict[str, Any] | None = None
-    abort_message: str | None = None
-    error: Exception | None = None
-    streams: bool = False
-    fresh: list[Increment] = field(default_factory=list)  # of a stream: not taken by the caller yet
-
-    @property
-    def is_over(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
-
-    def take(self, more: Increment) -> None:
-        if self.streams:
-            self.fresh.append(more)
-        self.output_ids += more.output_ids
-        self.versions += more.versions
-        for name, values in (more.logprobs or {}).items():
-            self.logprobs.setdefault(name, []).extend(values)
-        self.prompt_tokens = more.prompt_tokens or self.prompt_tokens
-        self.cached_tokens = more.cached_tokens or self.cached_tokens
-        if more.finish_reason is not None:
-            self.finish_reason = more.finish_reason
-            if more.finish_reason.get("type") == "abort" and self.abort_message:
-                self.finish_reason = {**more.finish_reason, "message": self.abort_message}
-
-    def output(self, increments: Sequence[Increment] | None = None) -> GenerateOutput:
-        """All that came, or what some increments brought."""
-        ids, versions, logprobs = self.output_ids, self.versions, self.logprobs
-        if increments is not None:
-            ids = [token for one in increments for token in one.output_ids]
-            versions = [version for one in increments for version in one.versions]
-            logprobs = {}
-            for one in increments:
-                for name, values in (one.logprobs or {}).items():
-                    logprobs.setdefault(name, []).extend(values)
-        return GenerateOutput(
-            output_ids=ids,
-            finish_reason=self.finish_reason or {},
-            prompt_tokens=self.prompt_tokens or len(self.request.input_ids),
-            completion_tokens=len(self.output_ids),
-            cached_tokens=self.cached_tokens,
-            logprobs={**req.no_logprobs(), **logprobs} if self.request.return_logprob else None,
-            weight_version=self.versions[-1] if self.versions else -1,
-            token_versions=versions,
-        )
 
 
 class AsyncRequests:
@@ -105,7 +46,7 @@ class AsyncRequests:
     ) -> None:
         self._caller, self._tokenizer, self._timeout_s = caller, tokenizer, timeout_s
         self._finished = finished
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences: dict[str, RunningSequence] = {}
         self._names: dict[str, list[str]] = {}  # the sequences of each request
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._questions: dict[str, asyncio.Future[tuple[str, list[FunctionCall]]]] = {}  # texts that are parsed
@@ -135,7 +76,7 @@ class AsyncRequests:
         stream: bool,
         request_id: str | None,
         timeout_s: float | None,
-    ) -> tuple[str, list[_Sequence]]:
+    ) -> tuple[str, list[RunningSequence]]:
         """Submit requests; their id, and what will come of them.
 
         Raises:
@@ -147,8 +88,8 @@ class AsyncRequests:
             raise InvalidRequestError(f"request_id {request_id!r} runs already: give each request an id of its own")
         self._count += 1
         name = request_id if request_id is not None else f"request-{self._count}"
-        news: asyncio.Queue[_Sequence] = asyncio.Queue()
-        made = [_Sequence(f"{self._count}.{i};", i, one, news, streams=stream) for i, one in enumerate(requests)]
+        news: asyncio.Queue[RunningSequence] = asyncio.Queue()
+        made = [RunningSequence(f"{self._count}.{i};", i, one, news, streams=stream) for i, one in enumerate(requests)]
         if not self._sequences:
             self._heard = time.monotonic()
         self._sequences.update({one.rid: one for one in made})
@@ -210,7 +151,7 @@ class AsyncRequests:
             if submits:
                 self._caller.send_now(Submits(submits))
 
-    async def wait(self, name: str, sequences: list[_Sequence], *, with_text: bool) -> list[dict[str, Any]]:
+    async def wait(self, name: str, sequences: list[RunningSequence], *, with_text: bool) -> list[dict[str, Any]]:
         """The results, once all sequences are over.
 
         Raises:
@@ -228,12 +169,12 @@ class AsyncRequests:
         finally:
             self._drop(name, sequences)
 
-    def stream(self, name: str, sequences: list[_Sequence], *, with_text: bool) -> Stream:
+    def stream(self, name: str, sequences: list[RunningSequence], *, with_text: bool) -> Stream:
         """What comes, as it comes."""
         return Stream(self._parts(name, sequences, with_text), lambda: self._drop(name, sequences))
 
     async def _parts(
-        self, name: str, sequences: list[_Sequence], with_text: bool
+        self, name: str, sequences: list[RunningSequence], with_text: bool
     ) -> AsyncGenerator[dict[str, Any], None]:
         texts = [TextStream(one.request, self._tokenizer) if self._tokenizer else None for one in sequences]
         try:
@@ -262,7 +203,7 @@ class AsyncRequests:
             self._drop(name, sequences)
 
     def _format(
-        self, sequences: list[_Sequence], outputs: list[GenerateOutput], name: str, with_text: bool
+        self, sequences: list[RunningSequence], outputs: list[GenerateOutput], name: str, with_text: bool
     ) -> list[dict[str, Any]]:
         many = len(self._names.get(name, ())) > 1
         return req.format_outputs(
@@ -283,7 +224,7 @@ class AsyncRequests:
             self._caller.send(Abort(tuple(running)))
         return len(running)
 
-    def _drop(self, name: str, sequences: list[_Sequence]) -> None:
+    def _drop(self, name: str, sequences: list[RunningSequence]) -> None:
         """Nobody waits for these any more."""
         self.abort(name, "nobody waits for it any more")
         self._names.pop(name, None)
