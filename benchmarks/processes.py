@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +46,17 @@ def _held(pid: int, role: str) -> Held:
 
 def busy_shares(roles: Mapping[int, str], seconds: float) -> dict[str, float]:
     """Which share of one core each process uses over some seconds, by role and process id."""
-    before = {pid: _cpu_s(pid) for pid in roles}
+    before = {pid: cpu_s([pid]) for pid in roles}
     began = time.monotonic()
     time.sleep(seconds)
     passed = time.monotonic() - began
-    return {f"{role} {pid}": (_cpu_s(pid) - before[pid]) / passed for pid, role in roles.items()}
+    return {f"{role} {pid}": (cpu_s([pid]) - before[pid]) / passed for pid, role in roles.items()}
 
 
-def _cpu_s(pid: int) -> float:
-    """CPU seconds of all threads of a process so far, in its own code and in the kernel's for it."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICKS_S
+def cpu_s(pids: Iterable[int]) -> float:
+    """CPU seconds of all threads of some processes so far, in their own code and in the kernel's for them."""
+    total = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total * _TICKS_S

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from launcher import end_with_parent
-from processes import Held, held_by
+from processes import Held, cpu_s, held_by
 
 from spmd_engine.process import child_environment
 
@@ -89,16 +89,17 @@ class StockEngine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling_params: Mapping[str, Any], *, beside: bool
-    ) -> tuple[float, list[list[int]]]:
-        """Seconds that it took, and the tokens.
+    ) -> tuple[float, float, list[list[int]]]:
+        """Seconds that it took, CPU seconds of all its processes, and the tokens.
 
         Args:
             beside: a request each through `async_generate`, all at once, rather than one call for all.
         """
         with self.awake():
+            before = cpu_s(self.pids)
             self._connection.send((list(prompts), dict(sampling_params), beside))
             seconds, tokens = self._answer()
-        return seconds, tokens
+            return seconds, cpu_s(self.pids) - before, tokens
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ import throughput_report as report
 import torch
 import torch.distributed as dist
 from machine import header
-from processes import busy_shares, held_by
+from processes import busy_shares, cpu_s, held_by
 from stock import CPU_ARGS, StockEngine
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -33,6 +33,7 @@ CPU_PREFILL_TOKENS = 8192
 WRONG = 3  # exit status: the engines made different tokens
 
 Prompts = list[list[int]]
+Made = tuple[float, float, Prompts]  # seconds, CPU seconds of all processes of the engine, tokens
 
 
 @dataclass(frozen=True)
@@ -122,32 +123,35 @@ class Both:
                 )
                 self.start_s[report.THEIRS].append(self._stock.start_s)
             dist.barrier()
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, {os.getpid(): "trainer", self.engine.scheduler_pid: "scheduler"})
+        self._roles: dict[int, str] = {pid: role for roles in ranks for pid, role in roles.items()}
 
     @property
     def max_total_tokens(self) -> int:
         """Of the KV cache of `sglang.Engine`, on the first rank."""
         return 0 if self._stock is None else self._stock.max_total_tokens
 
-    def ours(self, prompts: Prompts, params: dict[str, Any], *, beside: bool) -> tuple[float, Prompts]:
-        """Seconds and tokens of SpmdEngine; with `beside` on the first rank alone, while the others wait."""
+    def ours(self, prompts: Prompts, params: dict[str, Any], *, beside: bool) -> Made:
+        """What SpmdEngine makes and takes; with `beside` on the first rank alone, while the others wait."""
         dist.barrier()
-        began = time.perf_counter()
+        began, cpu_before = time.perf_counter(), cpu_s(self._roles)
         outputs: Any = []
         if not beside:
             outputs = self.engine.generate(input_ids=prompts, sampling_params=params)
         elif self._job.leads:
             outputs = asyncio.run(generate_beside(self.engine, prompts, params))
-        seconds = time.perf_counter() - began
+        made = time.perf_counter() - began, cpu_s(self._roles) - cpu_before
         dist.barrier()
-        return seconds, [output["output_ids"] for output in outputs]
+        return *made, [output["output_ids"] for output in outputs]
 
-    def theirs(self, prompts: Prompts, params: dict[str, Any], *, beside: bool) -> tuple[float, Prompts]:
-        """Seconds and tokens of `sglang.Engine`, on the first rank."""
-        found: tuple[float, Prompts] = (0.0, [])
+    def theirs(self, prompts: Prompts, params: dict[str, Any], *, beside: bool) -> Made:
+        """What `sglang.Engine` makes and takes, on the first rank."""
+        made: Made = (0.0, 0.0, [])
         if self._stock is not None:
-            found = self._stock.generate(prompts, params, beside=beside)
+            made = self._stock.generate(prompts, params, beside=beside)
         dist.barrier()
-        return found
+        return made
 
     def held(self) -> dict[str, Any]:
         """Memory of all processes of each engine, on all ranks."""
@@ -166,12 +170,9 @@ class Both:
 
     def idle(self) -> dict[str, dict[str, float]]:
         """Which share of a core each process uses while nothing runs, on the first rank."""
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, {os.getpid(): "trainer", self.engine.scheduler_pid: "scheduler"})
         found = {}
         if self._stock is not None:
-            everyone = {pid: role for roles in ranks for pid, role in roles.items()}
-            found[report.OURS] = busy_shares(everyone, self._job.args.idle_s)
+            found[report.OURS] = busy_shares(self._roles, self._job.args.idle_s)
             with self._stock.awake():
                 found[report.THEIRS] = busy_shares(self._stock.pids, self._job.args.idle_s)
         dist.barrier()
@@ -232,8 +233,8 @@ def _alone(job: Job, both: Both) -> dict[str, int]:
     """Requests one at a time: whether both engines make the same tokens of them."""
     differing = 0
     for prompt in job.prompts(ALONE, "alone"):
-        _, ours = both.ours([prompt], _params(ALONE_TOKENS), beside=False)
-        _, theirs = both.theirs([prompt], _params(ALONE_TOKENS), beside=False)
+        *_, ours = both.ours([prompt], _params(ALONE_TOKENS), beside=False)
+        *_, theirs = both.theirs([prompt], _params(ALONE_TOKENS), beside=False)
         differing += job.leads and ours != theirs
     shared = [differing]
     dist.broadcast_object_list(shared, src=0)
@@ -243,15 +244,17 @@ def _alone(job: Job, both: Both) -> dict[str, int]:
 def _case(job: Job, both: Both, requests: int, tokens: int, beside: bool) -> dict[str, Any]:
     """Rounds of both engines in turns, each first as often as the other."""
     seconds: dict[str, list[float]] = {report.OURS: [], report.THEIRS: []}
+    cpu_seconds = dict.fromkeys(seconds, 0.0)
     differing = 0
     for number in range(job.args.warmup + job.args.rounds):
         prompts = job.prompts(requests, requests, tokens, beside, number)
         turns = [(report.OURS, both.ours), (report.THEIRS, both.theirs)]
         made = {}
         for name, run in turns if number % 2 else turns[::-1]:
-            took, made[name] = run(prompts, _params(tokens), beside=beside)
+            took, cpu_took, made[name] = run(prompts, _params(tokens), beside=beside)
             if number >= job.args.warmup:
                 seconds[name].append(took)
+                cpu_seconds[name] += cpu_took
         if job.leads:
             for name, outputs in made.items():
                 if [len(output) for output in outputs] != [tokens] * requests:
@@ -260,7 +263,7 @@ def _case(job: Job, both: Both, requests: int, tokens: int, beside: bool) -> dic
                 differing += sum(a != b for a, b in zip(*made.values(), strict=True))
     found: dict[str, Any] = {"requests": requests, "tokens": tokens, "mode": "async" if beside else "batch"}
     if job.leads:
-        found.update(report.compare(seconds, requests * tokens))
+        found.update(report.compare(seconds, cpu_seconds, requests * tokens))
         found["differing_requests"] = differing
         found["compared_requests"] = requests * job.args.rounds
     return found

@@ -16,15 +16,20 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def compare(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, Any]:
-    """Tokens a second of both engines, and their ratio.
+def compare(seconds: Mapping[str, Sequence[float]], cpu_seconds: Mapping[str, float], tokens: int) -> dict[str, Any]:
+    """Tokens a second of both engines, their CPU seconds for 1000 tokens, and the ratio of the former.
 
     Args:
         seconds: of each round, by engine.
+        cpu_seconds: of all processes of an engine in all rounds.
         tokens: made in each round.
     """
     found: dict[str, Any] = {
-        name: {"tokens_s": spread([tokens / s for s in times]), "rounds_s": list(times)}
+        name: {
+            "tokens_s": spread([tokens / s for s in times]),
+            "cpu_s_1000": cpu_seconds[name] / (tokens * len(times)) * 1000,
+            "rounds_s": list(times),
+        }
         for name, times in seconds.items()
     }
     found["ratio"] = spread([theirs / ours for ours, theirs in zip(seconds[OURS], seconds[THEIRS], strict=True)])
@@ -49,9 +54,10 @@ def added_memory(memory: Mapping[str, Any], key: str) -> int | None:
 
 def print_case(case: Mapping[str, Any]) -> None:
     how = "one call" if case["mode"] == "batch" else "a request each, async_generate"
-    print(f"\n{case['requests']} x {case['tokens']} tokens, {how}; tokens/s{'min':>12}{'median':>10}{'max':>10}")
+    print(f"\n{case['requests']} x {case['tokens']} tokens, {how}; tokens/s")
+    print(f"{'':30}{'min':>10}{'median':>10}{'max':>10}{'CPU s for 1000':>17}")
     for name in (OURS, THEIRS):
-        _print_row(name, case[name]["tokens_s"])
+        _print_row(name, case[name]["tokens_s"], f"{case[name]['cpu_s_1000']:17.3f}")
     ratio = case["ratio"]
     print(
         f"ratio {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}); other tokens: "

@@ -7,7 +7,8 @@ as its tool. All of them run beside one another and share the engine. What they 
 ids, a mask of those that the policy chose, and the engine's log-probabilities.
 
 The policy is a small random Qwen2 that has learnt nothing, so grammars keep it to the format: a call of the tool, or an
-answer. A call is `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, as Qwen and Hermes models write it. Grammars
+answer. A call is `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, as Hermes models write it, which SGLang's own
+parser of that name finds in what the policy said. Grammars
 take probability away from most tokens; the log-probabilities to train with are asked for afterwards, without one.
 """
 
@@ -20,7 +21,6 @@ import enum
 import json
 import operator
 import random
-import re
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -136,15 +136,13 @@ async def converse(engine: SpmdEngine, conversation: Conversation, turns: int) -
         )
         conversation.say(output)
         seen = text + output["text"]
-        found = re.fullmatch(r"<tool_call>(.*)</tool_call>", output["text"])
-        if found is None:
+        _, calls = await engine.parse_function_calls(output["text"], TOOLS, parser="hermes")
+        if not calls:
             conversation.state = State.DONE
             continue
         conversation.state = State.TOOL_CALLING
-        call = json.loads(found[1])
-        assert call["name"] == TOOLS[0]["function"]["name"]
         await asyncio.sleep(random.uniform(0.0, 0.05))  # real tools take their time, and the others go on meanwhile
-        conversation.messages.append({"role": "tool", "content": str(calculate(**call["arguments"]))})
+        conversation.messages.append({"role": "tool", "content": str(calculate(**json.loads(calls[0].arguments)))})
         conversation.calls += 1
     scored = await engine.async_generate(
         input_ids=conversation.tokens, sampling_params={"max_new_tokens": 1}, return_logprob=True, logprob_start_len=0

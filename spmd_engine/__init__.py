@@ -27,6 +27,7 @@ from spmd_engine.errors import (
 if TYPE_CHECKING:
     from spmd_engine.engine import SpmdEngine
     from spmd_engine.explain import LinkSpeeds, PlanReport
+    from spmd_engine.requests import FunctionCall
     from spmd_engine.stats import EngineStats, UpdateStats
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "EngineBusyError",
     "EngineClosedError",
     "EngineStats",
+    "FunctionCall",
     "InvalidRequestError",
     "LinkSpeeds",
     "MemoryOccupationError",
@@ -64,6 +66,10 @@ def __getattr__(name: str) -> Any:
         from spmd_engine import stats
 
         return getattr(stats, name)
+    if name == "FunctionCall":
+        from spmd_engine.requests import FunctionCall
+
+        return FunctionCall
     if name in ("LinkSpeeds", "PlanReport"):
         from spmd_engine import explain
 

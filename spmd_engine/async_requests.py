@@ -12,77 +12,19 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from spmd_engine import requests as req
 from spmd_engine.caller import Caller, copy_of
-from spmd_engine.channel import Abort, Held, Progress, Refused, Submit
+from spmd_engine.channel import Abort, Held, ParseCalls, Parsed, Progress, Refused, Submit, Submits
 from spmd_engine.errors import CollectiveTimeoutError, InvalidRequestError, SpmdEngineError
-from spmd_engine.requests import GenerateOutput, GenerateRequest, Increment, TextStream
+from spmd_engine.requests import FunctionCall, GenerateOutput, GenerateRequest, TextStream
+from spmd_engine.sequences import RunningSequence
 
 _LIVENESS_S = 1.0
 _NEXT_LOOK_S = 0.01
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """One sequence under way."""
-
-    rid: str
-    index: int
-    request: GenerateRequest
-    news: asyncio.Queue[_Sequence]
-    output_ids: list[int] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    logprobs: dict[str, list[Any]] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    finish_reason: dict[str, Any] | None = None
-    abort_message: str | None = None
-    error: Exception | None = None
-    streams: bool = False
-    fresh: list[Increment] = field(default_factory=list)  # of a stream: not taken by the caller yet
-
-    @property
-    def is_over(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
-
-    def take(self, more: Increment) -> None:
-        if self.streams:
-            self.fresh.append(more)
-        self.output_ids += more.output_ids
-        self.versions += more.versions
-        for name, values in (more.logprobs or {}).items():
-            self.logprobs.setdefault(name, []).extend(values)
-        self.prompt_tokens = more.prompt_tokens or self.prompt_tokens
-        self.cached_tokens = more.cached_tokens or self.cached_tokens
-        if more.finish_reason is not None:
-            self.finish_reason = more.finish_reason
-            if more.finish_reason.get("type") == "abort" and self.abort_message:
-                self.finish_reason = {**more.finish_reason, "message": self.abort_message}
-
-    def output(self, increments: Sequence[Increment] | None = None) -> GenerateOutput:
-        """All that came, or what some increments brought."""
-        ids, versions, logprobs = self.output_ids, self.versions, self.logprobs
-        if increments is not None:
-            ids = [token for one in increments for token in one.output_ids]
-            versions = [version for one in increments for version in one.versions]
-            logprobs = {}
-            for one in increments:
-                for name, values in (one.logprobs or {}).items():
-                    logprobs.setdefault(name, []).extend(values)
-        return GenerateOutput(
-            output_ids=ids,
-            finish_reason=self.finish_reason or {},
-            prompt_tokens=self.prompt_tokens or len(self.request.input_ids),
-            completion_tokens=len(self.output_ids),
-            cached_tokens=self.cached_tokens,
-            logprobs={**req.no_logprobs(), **logprobs} if self.request.return_logprob else None,
-            weight_version=self.versions[-1] if self.versions else -1,
-            token_versions=versions,
-        )
+_OUTBOX_LIMIT = 64
 
 
 class AsyncRequests:
@@ -104,9 +46,10 @@ class AsyncRequests:
     ) -> None:
         self._caller, self._tokenizer, self._timeout_s = caller, tokenizer, timeout_s
         self._finished = finished
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences: dict[str, RunningSequence] = {}
         self._names: dict[str, list[str]] = {}  # the sequences of each request
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._questions: dict[str, asyncio.Future[tuple[str, list[FunctionCall]]]] = {}  # texts that are parsed
         self._count = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
@@ -115,10 +58,14 @@ class AsyncRequests:
         self._timer: asyncio.TimerHandle
         self._heard = 0.0
         self._is_held = False
+        # Requests that begin in the same turn of the event loop go out together: sooner, and into one batch of SGLang.
+        self._outbox: list[Submit] = []
+        self._outbox_lock = threading.Lock()
         # What has come, in the order in which it came: appended by whoever reads the channel, taken by the event loop.
         self._inbox: deque[object] = deque()
         caller.on_message = self._notice
         caller.on_end = self._notice
+        caller.before_send = self._send_outbox
 
     # ---- the caller's side ----
 
@@ -129,37 +76,82 @@ class AsyncRequests:
         stream: bool,
         request_id: str | None,
         timeout_s: float | None,
-    ) -> tuple[str, list[_Sequence]]:
+    ) -> tuple[str, list[RunningSequence]]:
         """Submit requests; their id, and what will come of them.
 
         Raises:
             InvalidRequestError: the id is in use, or requests run in another event loop.
             SpmdEngineError: the engine has ended.
         """
-        loop = asyncio.get_running_loop()
-        if self._loop is not None and self._loop.is_closed():
-            self._forget_all()
-        if self._sequences and loop is not self._loop:
-            raise InvalidRequestError("requests of this engine run in another event loop: use one for all of them")
+        loop = self._enter_loop()
         if request_id is not None and request_id in self._names:
             raise InvalidRequestError(f"request_id {request_id!r} runs already: give each request an id of its own")
-        self._caller.check_alive()
         self._count += 1
         name = request_id if request_id is not None else f"request-{self._count}"
-        news: asyncio.Queue[_Sequence] = asyncio.Queue()
-        made = [_Sequence(f"{self._count}.{i};", i, one, news, streams=stream) for i, one in enumerate(requests)]
+        news: asyncio.Queue[RunningSequence] = asyncio.Queue()
+        made = [RunningSequence(f"{self._count}.{i};", i, one, news, streams=stream) for i, one in enumerate(requests)]
         if not self._sequences:
             self._heard = time.monotonic()
         self._sequences.update({one.rid: one for one in made})
         self._names[name] = [one.rid for one in made]
-        self._loop, self._thread = loop, threading.get_ident()
         self._watch()
-        self._caller.send(Submit({one.rid: one.request for one in made}, stream))
+        self._post(loop, Submit({one.rid: one.request for one in made}, stream))
         if timeout_s is not None:
             self._timers[name] = loop.call_later(timeout_s, self.abort, name, f"timed out after {timeout_s:g} s")
         return name, made
 
-    async def wait(self, name: str, sequences: list[_Sequence], *, with_text: bool) -> list[dict[str, Any]]:
+    async def parse(self, text: str, tools: list[Any], parser: str) -> tuple[str, list[FunctionCall]]:
+        """What a parser of SGLang's finds in a text.
+
+        Raises:
+            InvalidRequestError: see `adapter.parse_function_calls`.
+            SpmdEngineError: the engine has ended.
+        """
+        loop = self._enter_loop()
+        self._count += 1
+        rid = f"text-{self._count}"
+        future = self._questions[rid] = loop.create_future()
+        self._heard = time.monotonic()
+        self._watch()
+        try:
+            self._caller.send(ParseCalls(rid, text, tools, parser))
+            return await future
+        finally:
+            self._questions.pop(rid, None)
+            self._unwatch_if_idle()
+
+    def _enter_loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop of the caller, which is that of all that is under way.
+
+        Raises:
+            InvalidRequestError: it is not.
+            SpmdEngineError: the engine has ended.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is not None and self._loop.is_closed():
+            self._forget_all()
+        if (self._sequences or self._questions) and loop is not self._loop:
+            raise InvalidRequestError("requests of this engine run in another event loop: use one for all of them")
+        self._caller.check_alive()
+        self._loop, self._thread = loop, threading.get_ident()
+        return loop
+
+    def _post(self, loop: asyncio.AbstractEventLoop, submit: Submit) -> None:
+        with self._outbox_lock:
+            self._outbox.append(submit)
+            waiting = len(self._outbox)
+        if waiting == 1:
+            loop.call_soon(self._send_outbox)
+        elif waiting >= _OUTBOX_LIMIT:
+            self._send_outbox()
+
+    def _send_outbox(self) -> None:
+        with self._outbox_lock:  # held until they are sent: what another thread sends comes after them
+            submits, self._outbox = tuple(self._outbox), []
+            if submits:
+                self._caller.send_now(Submits(submits))
+
+    async def wait(self, name: str, sequences: list[RunningSequence], *, with_text: bool) -> list[dict[str, Any]]:
         """The results, once all sequences are over.
 
         Raises:
@@ -177,12 +169,12 @@ class AsyncRequests:
         finally:
             self._drop(name, sequences)
 
-    def stream(self, name: str, sequences: list[_Sequence], *, with_text: bool) -> Stream:
+    def stream(self, name: str, sequences: list[RunningSequence], *, with_text: bool) -> Stream:
         """What comes, as it comes."""
         return Stream(self._parts(name, sequences, with_text), lambda: self._drop(name, sequences))
 
     async def _parts(
-        self, name: str, sequences: list[_Sequence], with_text: bool
+        self, name: str, sequences: list[RunningSequence], with_text: bool
     ) -> AsyncGenerator[dict[str, Any], None]:
         texts = [TextStream(one.request, self._tokenizer) if self._tokenizer else None for one in sequences]
         try:
@@ -211,7 +203,7 @@ class AsyncRequests:
             self._drop(name, sequences)
 
     def _format(
-        self, sequences: list[_Sequence], outputs: list[GenerateOutput], name: str, with_text: bool
+        self, sequences: list[RunningSequence], outputs: list[GenerateOutput], name: str, with_text: bool
     ) -> list[dict[str, Any]]:
         many = len(self._names.get(name, ())) > 1
         return req.format_outputs(
@@ -232,7 +224,7 @@ class AsyncRequests:
             self._caller.send(Abort(tuple(running)))
         return len(running)
 
-    def _drop(self, name: str, sequences: list[_Sequence]) -> None:
+    def _drop(self, name: str, sequences: list[RunningSequence]) -> None:
         """Nobody waits for these any more."""
         self.abort(name, "nobody waits for it any more")
         self._names.pop(name, None)
@@ -240,8 +232,7 @@ class AsyncRequests:
             timer.cancel()
         for one in sequences:
             self._sequences.pop(one.rid, None)
-        if not self._sequences:
-            self._unwatch()
+        self._unwatch_if_idle()
 
     def _forget_all(self) -> None:
         """The event loop that waited for these was closed."""
@@ -249,12 +240,22 @@ class AsyncRequests:
         self._sequences.clear()
         self._names.clear()
         self._timers.clear()
+        self._questions.clear()
         self._is_watching, self._loop = False, None
 
     # ---- the channel ----
 
+    def _unwatch_if_idle(self) -> None:
+        if not self._sequences and not self._questions:
+            self._unwatch()
+
     def _watch(self) -> None:
-        if self._sequences and not self._is_watching and self._loop is not None and self._caller.fileno() >= 0:
+        if (
+            (self._sequences or self._questions)
+            and not self._is_watching
+            and self._loop is not None
+            and self._caller.fileno() >= 0
+        ):
             self._fd = self._caller.fileno()
             self._loop.add_reader(self._fd, self._readable)
             self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
@@ -280,10 +281,9 @@ class AsyncRequests:
         """Nothing may stay silent for ever."""
         running = any(not one.is_over for one in self._sequences.values())
         silent_s = time.monotonic() - self._heard
-        if running and not self._is_held and silent_s > self._timeout_s:
-            error = CollectiveTimeoutError(
-                f"nothing was heard of {len(self._sequences)} running requests for {silent_s:.0f} s"
-            )
+        if ((running and not self._is_held) or self._questions) and silent_s > self._timeout_s:
+            count = len(self._sequences) + len(self._questions)
+            error = CollectiveTimeoutError(f"nothing was heard of {count} running requests for {silent_s:.0f} s")
             with contextlib.suppress(CollectiveTimeoutError):
                 self._caller.fail_if_idle(error)
         if self._is_watching and self._loop is not None:
@@ -306,9 +306,15 @@ class AsyncRequests:
             for more in message.increments:
                 if (one := self._sequences.get(more.rid)) is not None:
                     one.take(more)
-                    one.news.put_nowait(one)
+                    if one.streams or one.is_over:
+                        one.news.put_nowait(one)
+        elif isinstance(message, Parsed):
+            if (future := self._questions.get(message.rid)) is not None and not future.done():
+                future.set_result((message.text, message.calls))
         elif isinstance(message, Refused):
             for rid in message.rids:
+                if (future := self._questions.get(rid)) is not None and not future.done():
+                    future.set_exception(message.error.to_exception())
                 if (one := self._sequences.get(rid)) is not None:
                     one.error = message.error.to_exception()
                     one.news.put_nowait(one)
@@ -316,6 +322,9 @@ class AsyncRequests:
     def _end(self, error: Exception) -> None:
         """The engine has ended."""
         self._unwatch()
+        for future in self._questions.values():
+            if not future.done():
+                future.set_exception(copy_of(error))
         for one in self._sequences.values():
             if not one.is_over:
                 one.error = copy_of(error)

@@ -43,6 +43,7 @@ class Caller:
         seq: number of the last call.
         on_message: takes messages that belong to no call.
         on_end: hears the error with which the process ended.
+        before_send: is called before a call or a message is sent, for what shall go first.
     """
 
     def __init__(self, rank: int, process: SchedulerProcess, rendezvous: Rendezvous, timeout_s: float) -> None:
@@ -54,6 +55,7 @@ class Caller:
         self._owner_pid = os.getpid()
         self.on_message: Callable[[object], None] = lambda message: None
         self.on_end: Callable[[Exception], None] = lambda error: None
+        self.before_send: Callable[[], None] = lambda: None
         self._finalizer = weakref.finalize(self, process.stop, grace_s=0.0)
 
     def call(
@@ -91,6 +93,7 @@ class Caller:
             refusal: Exception | None = None
             made, payload = None, None
             try:
+                self.before_send()
                 if notice is not None:
                     self._process.send(notice)
                 try:
@@ -139,6 +142,11 @@ class Caller:
             raise
 
     def send(self, message: object) -> None:
+        """Send a message that is no call, after those that wait for the next one."""
+        self.before_send()
+        self._process.send(message)
+
+    def send_now(self, message: object) -> None:
         """Send a message that is no call."""
         self._process.send(message)
 

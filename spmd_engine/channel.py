@@ -161,6 +161,13 @@ class Submit:
 
 
 @dataclass(frozen=True)
+class Submits:
+    """Several `Submit`s in one message: each is taken, or refused, by itself."""
+
+    submits: tuple[Submit, ...]
+
+
+@dataclass(frozen=True)
 class Abort:
     """End requests that were submitted; each reports what it has."""
 
@@ -193,10 +200,29 @@ class Held:
 
 @dataclass(frozen=True)
 class Refused:
-    """Requests that did not begin, and why."""
+    """Requests that did not begin, or a text that was not parsed, and why."""
 
     rids: tuple[str, ...]
     error: ErrorReport
+
+
+@dataclass(frozen=True)
+class ParseCalls:
+    """Find the function calls in `text`, with one of SGLang's parsers; answered by `Parsed` or `Refused`."""
+
+    rid: str
+    text: str
+    tools: list[Any]
+    parser: str
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Answer to `ParseCalls`: the text around the calls, and a list of `requests.FunctionCall`."""
+
+    rid: str
+    text: str
+    calls: list[Any]
 
 
 @dataclass(frozen=True)
@@ -245,15 +271,15 @@ class Channel:
 
     def __post_init__(self) -> None:
         self.sock.setblocking(True)
+        self._poller = select.poll()
+        self._poller.register(self.sock, select.POLLIN)
 
     def fileno(self) -> int:
         return self.sock.fileno()
 
     def is_readable(self) -> bool:
         """Whether `recv` would not wait for a message to begin."""
-        poller = select.poll()
-        poller.register(self.sock, select.POLLIN)
-        return bool(poller.poll(0))
+        return bool(self._poller.poll(0))
 
     def send_last(self, message: object, *, timeout_s: float) -> None:
         """Send one message before this process ends, if the other end takes it within some seconds.
@@ -340,4 +366,6 @@ class Channel:
         return bytes(buffer)
 
     def close(self) -> None:
+        if self.sock.fileno() >= 0:
+            self._poller.unregister(self.sock)
         self.sock.close()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from spmd_engine import requests as req
 from spmd_engine import tracing
 from spmd_engine.async_requests import AsyncRequests
 from spmd_engine.caller import Caller
-from spmd_engine.channel import Coming, Pause, Resume
+from spmd_engine.channel import Coming
 from spmd_engine.errors import MEMORY_TAGS, InvalidRequestError, MemoryOccupationError
 from spmd_engine.explain import LinkSpeeds, PlanReport, make_report
+from spmd_engine.leader import LeaderCalls
 from spmd_engine.plan import numbered
+from spmd_engine.requests import GenerateOptions
 from spmd_engine.startup import Startup, mesh_ranks
 from spmd_engine.stats import EngineStats, UpdateStats
 from spmd_engine.updates import WeightUpdates
@@ -34,11 +36,11 @@ _SPIN_S = 0.05
 _RUNNING = ("wait", "abort", "pause")
 
 
-class SpmdEngine:
+class SpmdEngine(LeaderCalls):
     """SGLang inside the ranks of a trainer.
 
     Every rank of `device_mesh_cpu` starts the scheduler process of its own tensor-parallel rank and talks to it alone.
-    All methods but `async_generate` and its companions (`abort`, `pause`, `resume`), `stats` and `shutdown` are
+    All methods but those of `LeaderCalls` (`async_generate` and its companions), `stats` and `shutdown` are
     collective over the ranks of the mesh: call them in the same order with the same arguments. Several meshes in one
     job make several replicas.
 
@@ -109,11 +111,6 @@ class SpmdEngine:
         return len(self._ranks)
 
     @property
-    def is_leader(self) -> bool:
-        """Whether this is the first rank of its replica."""
-        return self.tp_rank == 0
-
-    @property
     def weight_version(self) -> int:
         """Number of weight updates committed so far; 0 is what SGLang loaded at the start."""
         return self._stats.weight_version
@@ -144,12 +141,8 @@ class SpmdEngine:
         prompt: str | Sequence[str] | None = None,
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        return_logprob: bool | Sequence[bool] = False,
-        logprob_start_len: int | Sequence[int] | None = None,
-        top_logprobs_num: int | Sequence[int] | None = None,
-        token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None = None,
         return_text_in_logprobs: bool = False,
+        **options: Unpack[GenerateOptions],
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """Generate for one prompt or a list of them, as `sglang.Engine.generate` does.
 
@@ -157,12 +150,9 @@ class SpmdEngine:
             prompt: text, or a list of texts; needs a tokenizer.
             sampling_params: SGLang's sampling parameters, one mapping for all prompts or one each.
                 `n > 1` returns the n samples of a prompt one after the other.
-            input_ids: token ids instead of `prompt`, one list or a list of lists.
-            return_logprob: also return the log-probabilities of the output tokens.
-            logprob_start_len: first prompt position whose log-probability is returned; -1 for none.
-            top_logprobs_num: log-probabilities of this many most likely tokens at each position.
-            token_ids_logprob: log-probabilities of these tokens at each position.
             return_text_in_logprobs: with the text of each token.
+            **options: `input_ids`, `return_logprob`, `logprob_start_len`, `top_logprobs_num` and `token_ids_logprob`;
+                see `requests.GenerateOptions`.
 
         Returns:
             A dict for one prompt with n = 1, else a list of dicts: `output_ids`, `text` with a tokenizer, and
@@ -178,16 +168,7 @@ class SpmdEngine:
         """
 
         def prepare() -> tuple[Any, str]:
-            requests, single = req.build_requests(
-                prompt,
-                sampling_params,
-                input_ids,
-                return_logprob=return_logprob,
-                logprob_start_len=logprob_start_len,
-                top_logprobs_num=top_logprobs_num,
-                token_ids_logprob=token_ids_logprob,
-                tokenizer=self._tokenizer,
-            )
+            requests, single = req.build_requests(prompt, sampling_params, tokenizer=self._tokenizer, **options)
             return (requests, single), f"generate({len(requests)} sequences)"
 
         started = time.monotonic()
@@ -331,101 +312,6 @@ class SpmdEngine:
         _, value = self._caller.call("weight_checksums", lambda: (None, "weight_checksums()"))
         checksums: dict[str, str] = value
         return checksums
-
-    # ---- requests beside others, on the leader alone ----
-
-    async def async_generate(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        *,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        return_logprob: bool | Sequence[bool] = False,
-        logprob_start_len: int | Sequence[int] | None = None,
-        top_logprobs_num: int | Sequence[int] | None = None,
-        token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        return_text_in_logprobs: bool = False,
-        stream: bool = False,
-        request_id: str | None = None,
-        priority: int | None = None,
-        timeout_s: float | None = None,
-    ) -> dict[str, Any] | list[dict[str, Any]] | AsyncIterator[dict[str, Any]]:
-        """Generate for one request that runs beside others, as `sglang.Engine.async_generate` does.
-
-        Not collective: only the leader of a replica calls it, as often and for as many requests at a time as it likes;
-        the other ranks call nothing. A collective call that comes meanwhile takes its turn when the requests that
-        came before it have finished.
-
-        Args:
-            stream: return an asynchronous iterator over what comes, as it comes: dicts as below with the new
-                `output_ids` and the new `text` alone; `finish_reason` is None in all but the last of a sequence. With
-                several sequences, `index` tells which one it is. To leave the iterator ends the request.
-            request_id: its name for `abort`, and `meta_info["id"]`; by default one is made.
-            priority: for SGLang's scheduling, with `enable_priority_scheduling=True`.
-            timeout_s: seconds after which it is aborted: it ends with the tokens that it has.
-            others: as for `generate`.
-
-        Returns:
-            As `generate` does; `meta_info` has also `token_weight_versions`, the weight version of each token. A
-            request that was aborted has the `finish_reason` {"type": "abort", ...}.
-
-        Raises:
-            InvalidRequestError: SGLang cannot serve this request, or this rank is not the leader.
-            WeightsInconsistentError, AsleepError: see `generate`; other requests go on.
-            SchedulerDiedError, SchedulerError, CollectiveTimeoutError, EngineClosedError: the engine is closed.
-        """
-        self._check_leader("async_generate")
-        made, single = req.build_requests(
-            prompt,
-            sampling_params,
-            input_ids,
-            return_logprob=return_logprob,
-            logprob_start_len=logprob_start_len,
-            top_logprobs_num=top_logprobs_num,
-            token_ids_logprob=token_ids_logprob,
-            tokenizer=self._tokenizer,
-        )
-        name, sequences = self._requests.start(
-            [replace(request, priority=priority) for request in made],
-            stream=stream,
-            request_id=request_id,
-            timeout_s=timeout_s,
-        )
-        if stream:
-            return self._requests.stream(name, sequences, with_text=return_text_in_logprobs)
-        results = await self._requests.wait(name, sequences, with_text=return_text_in_logprobs)
-        return results[0] if single else results
-
-    def abort(self, request_id: str | None = None) -> int:
-        """End a request of `async_generate`, or all of them. They end with the tokens that they have.
-
-        Returns:
-            How many sequences were still under way; one that ends by itself meanwhile is not aborted.
-        """
-        self._check_leader("abort")
-        return self._requests.abort(request_id, "aborted")
-
-    def pause(self) -> None:
-        """Stop all requests of `async_generate` where they are, and those that come, until `resume`.
-
-        They keep their tokens and give back their KV cache, which is computed again later. Meanwhile the ranks of the
-        replica may update weights, or release memory and resume it.
-        """
-        self._check_leader("pause")
-        self._caller.send(Pause())
-
-    def resume(self) -> None:
-        """Go on with requests that were paused, as soon as weights and memory allow it."""
-        self._check_leader("resume")
-        self._caller.send(Resume())
-
-    def _check_leader(self, what: str) -> None:
-        if not self.is_leader:
-            raise InvalidRequestError(
-                f"{what} is for the leader of a replica (engine.is_leader), rank {self._ranks[0]}, not for rank "
-                f"{self._ranks[self.tp_rank]}"
-            )
-        self._caller.check_alive()
 
     def _count_sequences(self, results: list[dict[str, Any]]) -> None:
         self._stats = self._stats.with_sequences(results)

@@ -56,8 +56,8 @@ def listen(host: str) -> socket.socket:
 
 
 def frame(header: dict[str, Any], blob: bytes = b"") -> bytes:
-    """What `recv_frame` takes apart."""
-    text = json.dumps(header, separators=(",", ":")).encode()
+    """What `recv_frame` takes apart. An empty header takes no text: while requests run, most tickets are empty."""
+    text = json.dumps(header, separators=(",", ":")).encode() if header else b""
     return _HEADER.pack(len(text), len(blob)) + text + blob
 
 
@@ -66,7 +66,7 @@ def recv_frame(sock: socket.socket, limit: int = _MAX_HEADER) -> Frame:
     text_size, blob_size = _HEADER.unpack(_read(sock, _HEADER.size))
     if text_size > limit or (limit != _MAX_HEADER and blob_size > limit):
         raise ValueError(f"frame of {text_size} + {blob_size} bytes is over the limit of {limit}")
-    return json.loads(_read(sock, text_size)), _read(sock, blob_size)
+    return json.loads(_read(sock, text_size)) if text_size else {}, _read(sock, blob_size)
 
 
 def _read(sock: socket.socket, size: int) -> bytes:
@@ -98,6 +98,7 @@ class Links:
         self.hub = address.ranks[0]
         self.data: dict[int, socket.socket] = {}
         self.alarms: dict[int, socket.socket] = {}
+        self._pollers: dict[int, select.poll] = {}
         self._told = 0  # how often the hub has told something, or a member has heard it
         deadline = time.monotonic() + timeout_s
         if len(self.ranks) == 1:
@@ -129,22 +130,30 @@ class Links:
                 if not known or rank not in self.ranks or lane not in ("data", "alarm"):
                     sock.close()
                     continue
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                (self.data if lane == "data" else self.alarms)[rank] = sock
+                self._keep(sock, rank, lane)
 
     def _join(self, address: LinkAddress, deadline: float, timeout_s: float) -> None:
-        for lane, store in (("data", self.data), ("alarm", self.alarms)):
+        for lane in ("data", "alarm"):
             try:
                 sock = socket.create_connection(
                     (address.host, address.port), timeout=max(0.001, deadline - time.monotonic())
                 )
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.sendall(frame({"token": address.token, "rank": self.rank, "lane": lane}))
             except TimeoutError:
                 raise LinkTimeout(self.hub, timeout_s) from None
             except OSError:
                 raise PeerGone(self.hub) from None
-            store[self.hub] = sock
+            self._keep(sock, self.hub, lane)
+
+    def _keep(self, sock: socket.socket, rank: int, lane: str) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if lane == "alarm":
+            self.alarms[rank] = sock
+            return
+        sock.settimeout(None)
+        self.data[rank] = sock
+        self._pollers[rank] = select.poll()
+        self._pollers[rank].register(sock, select.POLLIN)
 
     def exchange(
         self, header: dict[str, Any], blob: bytes = b"", *, timeout_s: float, spin_s: float = 0.0
@@ -210,7 +219,6 @@ class Links:
 
     def _send(self, member: int, data: bytes) -> None:
         try:
-            self.data[member].settimeout(None)
             self.data[member].sendall(data)
         except OSError:
             raise PeerGone(member) from None
@@ -218,13 +226,9 @@ class Links:
     def _recv(self, member: int, deadline: float, timeout_s: float, spin_s: float) -> Frame:
         sock = self.data[member]
         # Poll first: a timeout in the middle of a frame would lose the stream.
-        if not spin(sock, spin_s):
-            poller = select.poll()
-            poller.register(sock, select.POLLIN)
-            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise LinkTimeout(member, timeout_s)
+        if not spin(sock, spin_s) and not self._pollers[member].poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise LinkTimeout(member, timeout_s)
         try:
-            sock.settimeout(None)
             return recv_frame(sock)
         except (EOFError, OSError):
             raise PeerGone(member) from None

@@ -7,7 +7,7 @@ import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from spmd_engine.errors import ConfigError, InvalidRequestError
 
@@ -30,28 +30,23 @@ class GenerateRequest:
     priority: int | None = None
 
     def to_frame(self) -> tuple[dict[str, Any], bytes]:
-        """As JSON-able values and bytes, for a ticket.
-
-        Raises:
-            InvalidRequestError: the sampling parameters cannot be written so.
-        """
-        header = {**vars(self), "input_ids": len(self.input_ids)}
-        try:
-            json.dumps(header)
-        except (TypeError, ValueError) as error:
-            raise InvalidRequestError(
-                f"sampling parameters of requests that run beside others must be plain values: {error}"
-            ) from error
-        return header, self.input_ids.tobytes()
+        """As values that JSON can tell, if the sampling parameters can be told so, and bytes; for a ticket."""
+        return {**vars(self), "input_ids": len(self.input_ids)}, self.input_ids.tobytes()
 
     def as_told(self) -> GenerateRequest:
         """This request as it is after a frame has been sent and received.
 
         Raises:
-            InvalidRequestError: see `to_frame`.
+            InvalidRequestError: the sampling parameters cannot be told.
         """
         header, blob = self.to_frame()
-        return GenerateRequest.from_frame(json.loads(json.dumps(header)), blob)
+        try:
+            told = json.loads(json.dumps(header))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"sampling parameters of requests that run beside others must be plain values: {error}"
+            ) from error
+        return GenerateRequest.from_frame(told, blob)
 
     @staticmethod
     def from_frame(header: dict[str, Any], blob: bytes) -> GenerateRequest:
@@ -100,6 +95,19 @@ class Increment:
     cached_tokens: int
 
 
+@dataclass(frozen=True)
+class FunctionCall:
+    """What a model wants to be called.
+
+    Attributes:
+        name: of the function.
+        arguments: as JSON.
+    """
+
+    name: str
+    arguments: str
+
+
 def has_tokenizer(path: str) -> bool:
     """Whether `path` can be tokenized with; a name that is not a local directory is taken to be a hub repository."""
     return not os.path.isdir(path) or any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZER_FILES)
@@ -127,15 +135,33 @@ def load_tokenizer(path: str, server_args: Mapping[str, Any]) -> Any:
         ) from error
 
 
+class GenerateOptions(TypedDict, total=False):
+    """More arguments of `generate` and `async_generate`: each for all prompts, or a list with one for each.
+
+    Attributes:
+        input_ids: token ids instead of `prompt`, one list or a list of lists.
+        return_logprob: also return the log-probabilities of the output tokens; False by default.
+        logprob_start_len: first prompt position whose log-probability is returned; -1, the default, for none.
+        top_logprobs_num: log-probabilities of this many most likely tokens at each position; 0 by default.
+        token_ids_logprob: log-probabilities of these tokens at each position.
+    """
+
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | None
+    return_logprob: bool | Sequence[bool]
+    logprob_start_len: int | Sequence[int] | None
+    top_logprobs_num: int | Sequence[int] | None
+    token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None
+
+
 def build_requests(
     prompt: str | Sequence[str] | None,
     sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
-    input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     *,
-    return_logprob: bool | Sequence[bool],
-    logprob_start_len: int | Sequence[int] | None,
-    top_logprobs_num: int | Sequence[int] | None,
-    token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None,
+    return_logprob: bool | Sequence[bool] = False,
+    logprob_start_len: int | Sequence[int] | None = None,
+    top_logprobs_num: int | Sequence[int] | None = None,
+    token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None = None,
     tokenizer: Any,
 ) -> tuple[list[GenerateRequest], bool]:
     """Check and expand the arguments of `SpmdEngine.generate`.

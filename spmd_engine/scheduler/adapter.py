@@ -15,7 +15,7 @@ import torch
 
 from spmd_engine.channel import Start
 from spmd_engine.errors import ConfigError, InvalidRequestError, SpmdEngineError
-from spmd_engine.requests import GenerateRequest
+from spmd_engine.requests import FunctionCall, GenerateRequest
 from spmd_engine.scheduler.cpu_memory import CpuMemorySaver
 
 logger = logging.getLogger(__name__)
@@ -465,6 +465,32 @@ def _check_tokens(request: GenerateRequest, params: Any, scheduler: Any) -> None
             f"top_logprobs_num={request.top_logprobs_num} must be at least 0 and logprob_start_len="
             f"{request.logprob_start_len} between -1 and the prompt's length {length}"
         )
+
+
+def parse_function_calls(text: str, tools: list[Any], parser: str, tokenizer: Any) -> tuple[str, list[FunctionCall]]:
+    """The text around the function calls in `text`, and the calls, as one of SGLang's parsers finds them.
+
+    Raises:
+        InvalidRequestError: there is no such parser, the tools are not described as OpenAI's API wants them, or the
+            parser fails on the text.
+    """
+    from sglang.srt.entrypoints.openai.protocol import Tool
+    from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+    known = sorted(FunctionCallParser.ToolCallParserEnum)
+    if parser not in known:
+        raise InvalidRequestError(f"SGLang has no function-call parser {parser!r}; it has {', '.join(known)}")
+    try:
+        made = [Tool(**tool) for tool in tools]
+    except (ValueError, TypeError) as error:
+        raise InvalidRequestError(
+            f"tools must look like {{'type': 'function', 'function': {{'name': ..., 'parameters': ...}}}}: {error}"
+        ) from error
+    try:
+        rest, found = FunctionCallParser(made, parser, tokenizer=tokenizer).parse_non_stream(text)
+    except Exception as error:
+        raise InvalidRequestError(f"SGLang's parser {parser!r} fails: {type(error).__name__}: {error}") from error
+    return rest, [FunctionCall(call.name or "", call.parameters) for call in found]
 
 
 def make_batch(requests: list[Any]) -> Any:

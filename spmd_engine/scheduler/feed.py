@@ -12,41 +12,30 @@ its turn once they have finished, or are paused.
 from __future__ import annotations
 
 import contextlib
-import queue
 import select
 import socket
-import threading
 import time
 from array import array
-from itertools import groupby
 from typing import Any, NoReturn
 
 from spmd_engine.channel import (
-    Abort,
     Call,
     Channel,
     ChannelClosed,
     Coming,
     Descriptors,
-    Held,
     LinkAddress,
-    Pause,
     Phase,
-    Progress,
-    Refused,
     Reply,
-    Resume,
     Shutdown,
     Start,
-    Submit,
 )
 from spmd_engine.digest import digest
 from spmd_engine.errors import EngineBusyError, ErrorReport, SpmdEngineError
 from spmd_engine.links import Frame, Interjection, Links, LinkTimeout, PeerGone
-from spmd_engine.requests import Increment
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.memory import MemoryKeeper
-from spmd_engine.scheduler.outputs import Outputs
+from spmd_engine.scheduler.service import Service
 from spmd_engine.scheduler.survey import survey
 from spmd_engine.scheduler.tickets import Ticket
 from spmd_engine.scheduler.watchdog import Watchdog
@@ -64,27 +53,26 @@ class Feed:
 
     def __init__(self, start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> None:
         self._is_hub = start.rank == start.link.ranks[0]
-        self.outputs = Outputs(self._report if self._is_hub else None)
+        self._service = Service(start, channel)
+        self.outputs = self._service.outputs
         self._start, self._channel, self._watchdog = start, channel, watchdog
         self._links = {start.link.ranks: links}
         self._replica = start.link.ranks
+        self._either = select.poll()  # on members: the trainer, or the first rank
+        for fd in (channel.fileno(), *(sock.fileno() for sock in links.data.values())):
+            self._either.register(fd, select.POLLIN)
         self._spin_s = 0.0 if start.on_cpu else _SPIN_S
         self._running: Call | None = None  # a rollout
         self._pending: Call | None = None  # a collective call that has come and has not begun
-        self._next_ticket = Ticket()
-        self._later: list[Submit] = []  # they came after the pending call
-        self._is_paused = False
-        self._wants_resume = False
         self._is_coming = False  # a weight update, at once
         self._hub_has_left = False
-        self._reports: queue.SimpleQueue[Increment | Refused | Held] = queue.SimpleQueue()
-        threading.Thread(target=self._write_reports, daemon=True, name="spmd_engine-reports").start()
         watchdog.is_generating = lambda: self._running is not None or bool(self.outputs.served)
 
     def attach(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._weights = WeightsKeeper(scheduler, self._start)
         self._memory = MemoryKeeper(scheduler, self._start, self._weights.device)
+        self._service.attach(scheduler, self._weights, self._memory)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the engine holds on its device, by tag."""
@@ -97,23 +85,23 @@ class Feed:
                 return []
             call, self._running = self._running, None
             self._finish(call)
-        if self._is_paused:
+        if self._service.is_paused:
             self.outputs.catch_up(adapter.paused_requests(self._scheduler))
         elif self.outputs.served:
-            return self._apply(self._ticket_of_this_turn())
+            return self._service.apply(self._ticket_of_this_turn())
         # Turns of the loop that only drain SGLang's own pipeline.
         elif not self._scheduler.is_fully_idle():
             return []
         while True:
             item = self._next_call()
             if isinstance(item, Ticket):
-                return self._apply(item)
+                return self._service.apply(item)
             self._pending = None
             try:
                 batch = self._perform(item)
             except Interjection as first:
                 self._pending = item
-                return self._apply(_as_ticket(first.frame))
+                return self._service.apply(_as_ticket(first.frame))
             except SpmdEngineError as error:
                 self._weights.withdraw()
                 self._reply(item, error=ErrorReport(type(error).__name__, str(error), self._start.rank))
@@ -125,21 +113,6 @@ class Feed:
 
     # ---- requests beside others ----
 
-    def _report(self, increments: list[Increment]) -> None:
-        for increment in increments:
-            self._reports.put(increment)
-
-    def _write_reports(self) -> None:
-        """A thread: the trainer may be busy and not read, and this process must not wait for it."""
-        with contextlib.suppress(ChannelClosed):  # the watchdog sees a trainer that is gone
-            while True:
-                batch = [self._reports.get()]
-                while not self._reports.empty():
-                    batch.append(self._reports.get())
-                for is_increment, items in groupby(batch, key=lambda item: isinstance(item, Increment)):
-                    for message in [Progress(list(items))] if is_increment else items:
-                        self._channel.send(message)
-
     def _ticket_of_this_turn(self) -> Ticket:
         """What is new while requests run."""
         if not self._is_hub:
@@ -148,21 +121,13 @@ class Feed:
             return _as_ticket(frame)
         while self._channel.is_readable():
             self._take_message()
-        self._admit()
+        self._service.admit(behind_call=self._pending is not None)
         return self._issue()
-
-    def _admit(self) -> None:
-        """Submit what came while it could not begin: behind a collective call, or while all stand still."""
-        while self._later and self._pending is None and not self._is_paused and not self._next_ticket.pause:
-            self._submit(self._later.pop(0))
 
     def _issue(self) -> Ticket:
         """Tell the other ranks of the next ticket."""
         self._check_all_here()
-        ticket, self._next_ticket = self._next_ticket, Ticket()
-        # What begins or ends in the same turn would not be stopped by a pause.
-        if ticket.pause and (ticket.submits or ticket.aborts or not adapter.can_pause(self._scheduler)):
-            ticket.pause, self._next_ticket.pause = False, True
+        ticket = self._service.take_ticket()
         try:
             self._links[self._replica].tell(*ticket.to_frame())
         except PeerGone as error:
@@ -171,88 +136,25 @@ class Feed:
 
     def _check_all_here(self) -> None:
         """No rank of the replica may have shut its engine down when requests begin or go on."""
-        for rank in sorted(self._watchdog.departed & set(self._replica)):
+        for rank in sorted(self._watchdog.departed.intersection(self._replica)):
             message = f"rank {rank} has shut its engine down: no request can run"
             self._watchdog.die(ErrorReport("EngineClosedError", message, rank))
-
-    def _apply(self, ticket: Ticket) -> list[Any]:
-        """A ticket as SGLang's messages."""
-        messages = []
-        for submit in ticket.submits:
-            made = [
-                adapter.make_request(request, rid, self._scheduler, stream=submit.stream)
-                for rid, request in submit.requests.items()
-            ]
-            self.outputs.serve(list(submit.requests), [one.return_logprob for one in made], self._weights.version)
-            messages.append(adapter.make_batch(made))
-        messages += [adapter.make_abort(rid) for rid in ticket.aborts]
-        if ticket.pause and not self._is_paused:
-            messages.append(adapter.make_pause())
-            self._is_paused = True
-            self._reports.put(Held(True))
-        if ticket.resume and self._is_paused:
-            messages.append(adapter.make_resume())
-            self._is_paused = False
-            self._reports.put(Held(False))
-        self._weights.is_inspected = False
-        return messages
-
-    def _submit(self, submit: Submit) -> None:
-        """Put requests into the next ticket, or say why not: they must not fail on other ranks."""
-        try:
-            error = self._memory.refusal("generate", None)
-            if error is not None:
-                raise error
-            self._weights.check_consistent()
-            # As the other ranks will see them.
-            submit = Submit({rid: request.as_told() for rid, request in submit.requests.items()}, submit.stream)
-            for rid, request in submit.requests.items():
-                adapter.make_request(request, rid, self._scheduler)
-        except SpmdEngineError as error:
-            report = ErrorReport(type(error).__name__, str(error), self._start.rank)
-            self._reports.put(Refused(tuple(submit.requests), report))
-            return
-        self._next_ticket.submits.append(submit)
 
     def _hold(self, call: Call) -> None:
         """Keep a collective call until no request runs; an update may say that they shall not run that long."""
         self._pending, self._is_coming = call, False
         if call.kind == "update_weights" and self._is_hub:
-            waiting = [rid for submit in self._next_ticket.submits for rid in submit.requests]
-            if call.payload["running"] == "abort":
-                self._abort((*self.outputs.served, *waiting))
-            elif call.payload["running"] == "pause" and not self._is_paused and not self._next_ticket.pause:
-                self._next_ticket.pause = self._wants_resume = bool(self.outputs.served or waiting)
-
-    def _abort(self, rids: tuple[str, ...]) -> None:
-        """End requests, those that have not begun included."""
-        for submit in [*self._next_ticket.submits, *self._later]:
-            gone = [rid for rid in submit.requests if rid in rids]
-            reason = {"type": "abort", "message": "aborted before it began"}
-            for rid in gone:
-                del submit.requests[rid]
-                self._report([Increment(rid, [], [], None, reason, 0, 0)])
-        self._next_ticket.submits = [submit for submit in self._next_ticket.submits if submit.requests]
-        self._later = [submit for submit in self._later if submit.requests]
-        self._next_ticket.aborts += [rid for rid in rids if rid in self.outputs.served]
-
-    def _may_resume(self) -> bool:
-        """Whether paused requests can go on: not with released memory, nor with a mixture of weights."""
-        try:
-            self._weights.check_consistent()
-        except SpmdEngineError:
-            return False
-        return self._memory.refusal("generate", None) is None
+            self._service.make_way(call.payload["running"])
 
     # ---- one call ----
 
     def _next_call(self) -> Call | Ticket:
         """What comes next while nothing runs: a collective call, or requests beside others."""
         while True:
-            self._admit()
-            if self._pending is None and self._wants_resume and self._may_resume():
-                self._next_ticket.resume, self._wants_resume = self._is_paused, False
-            if self._next_ticket != Ticket():
+            self._service.admit(behind_call=self._pending is not None)
+            if self._pending is None:
+                self._service.resume_if_wanted()
+            if self._service.has_news:
                 return self._issue()
             if self._pending is not None:
                 return self._pending
@@ -265,13 +167,10 @@ class Feed:
         """Wait for the first rank, whose frame is returned, or for the trainer, whose message is taken."""
         links = self._links[self._replica]
         hub = links.data[links.hub]
-        poller = select.poll()
-        poller.register(self._channel, select.POLLIN)
-        poller.register(hub, select.POLLIN)
         end = time.monotonic() + (self._spin_s if self._is_coming else 0.0)
-        while not (ready := poller.poll(0)) and time.monotonic() < end:
+        while not (ready := self._either.poll(0)) and time.monotonic() < end:
             pass
-        if hub.fileno() not in (fd for fd, _ in ready or poller.poll()):
+        if hub.fileno() not in (fd for fd, _ in ready or self._either.poll()):
             self._take_message()
             return None
         try:
@@ -309,18 +208,8 @@ class Feed:
             self._weights.offer(message.counts, socket.socket(fileno=fds[0]))
         elif isinstance(message, Call):
             self._hold(message)
-        elif isinstance(message, Submit):
-            self._later.append(message)
-            self._admit()
-        elif isinstance(message, Abort):
-            self._abort(message.rids)
-        elif isinstance(message, Pause):
-            self._next_ticket.pause, self._wants_resume = not self._is_paused, False
-        elif isinstance(message, Resume):
-            if self._next_ticket.pause and self._pending is None:
-                self._next_ticket.pause = False  # it had not begun
-            else:
-                self._wants_resume = True
+        else:
+            self._service.take(message, behind_call=self._pending is not None)
 
     def _perform(self, call: Call) -> Any:
         """Agree on `call` with the other ranks and do it; a batch for SGLang if it is a rollout."""
@@ -392,7 +281,7 @@ class Feed:
 
     def _refusal(self, call: Call) -> SpmdEngineError | None:
         """Why a call cannot be made now."""
-        if call.kind == "generate" and self._is_paused:
+        if call.kind == "generate" and self._service.is_paused:
             return EngineBusyError("requests are paused: call resume() before generate")
         return self._memory.refusal(call.kind, call.payload)
 

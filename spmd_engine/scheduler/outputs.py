@@ -152,9 +152,10 @@ class Outputs:
         cached_tokens: int,
     ) -> Increment:
         ids = list(map(int, ids))
-        versions = []
-        for position in range(served.reported, served.reported + len(ids)):
-            versions.append(next(version for first, version in reversed(served.versions) if first <= position))
+        versions = [served.versions[-1][1]] * len(ids)
+        if served.versions[-1][0] > served.reported:  # some are of weights before the last ones
+            for i, position in enumerate(range(served.reported, served.reported + len(ids))):
+                versions[i] = next(version for first, version in reversed(served.versions) if first <= position)
         served.reported += len(ids)
         self._digest.update(rid.encode() + array("q", ids).tobytes())
         if reason is not None:

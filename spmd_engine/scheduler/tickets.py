@@ -38,12 +38,15 @@ class Ticket:
                 blobs.append(blob)
             submits.append({"requests": requests, "stream": submit.stream})
         words = {"submits": submits, "aborts": self.aborts, "pause": self.pause, "resume": self.resume}
-        return {_KEY: {name: value for name, value in words.items() if value}}, b"".join(blobs)
+        words = {name: value for name, value in words.items() if value}
+        return {_KEY: words} if words else {}, b"".join(blobs)
 
     @staticmethod
     def from_frame(frame: Frame) -> Ticket | None:
         """What `to_frame` made; None if the frame is something else."""
         header, blob = frame
+        if not header:
+            return Ticket()
         if _KEY not in header:
             return None
         words: dict[str, Any] = header[_KEY]

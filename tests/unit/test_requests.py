@@ -138,7 +138,7 @@ def test_a_request_goes_through_a_ticket():
     assert Ticket.from_frame(Ticket().to_frame()) == Ticket()
     assert Ticket.from_frame(({"headers": []}, b"")) is None
     with pytest.raises(InvalidRequestError, match="must be plain values"):
-        replace(request, sampling_params={"custom": object()}).to_frame()
+        replace(request, sampling_params={"custom": object()}).as_told()
 
 
 class Bytes:

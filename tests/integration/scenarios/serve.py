@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from integration.scenarios.common import GREEDY, PROMPTS, greedy, shard
-from spmd_engine import errors
+from spmd_engine import FunctionCall, errors
 
 TEXTS = ["ab ba", "a b", "abba ab", "b"]
 
@@ -100,6 +100,7 @@ def forms(context: Any, path: str) -> dict[str, Any]:
                 with pytest.raises(errors.InvalidRequestError):
                     await engine.async_generate(**arguments)
             assert (await running)["output_ids"] == tokens[1]
+            await check_function_calls(engine)
 
             # Time is up, somebody ends it, or nobody waits for it any more: it ends with the tokens that it has.
             long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": 200}}
@@ -150,6 +151,35 @@ def forms(context: Any, path: str) -> dict[str, Any]:
                     call()
         assert greedy(engine) == tokens  # it also compares what all ranks have made since
     return {}
+
+
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TOOLS = [{"type": "function", "function": WEATHER}]
+
+
+async def check_function_calls(engine: Any) -> None:
+    """SGLang's own parsers, on what models of these families write."""
+    call = FunctionCall("weather", '{"city": "Zürich"}')
+    hermes = '<tool_call>{"name": "weather", "arguments": {"city": "Zürich"}}</tool_call>'
+    qwen = f"Let me see.\n{hermes.replace('>{', '>' + chr(10) + '{').replace('}<', '}' + chr(10) + '<')}"
+    llama = '<|python_tag|>{"name": "weather", "parameters": {"city": "Zürich"}}'
+    several = await asyncio.gather(
+        engine.async_generate(input_ids=PROMPTS[0], sampling_params=GREEDY),
+        engine.async_generate(input_ids=[10**6]),  # refused, though it is sent together with the others
+        engine.parse_function_calls(qwen, TOOLS, parser="qwen25"),
+        engine.parse_function_calls(hermes * 2, TOOLS, parser="hermes"),
+        engine.parse_function_calls(llama, TOOLS, parser="llama3"),
+        engine.parse_function_calls(hermes.replace("weather", "unknown"), TOOLS, parser="hermes"),
+        engine.parse_function_calls("no call", TOOLS, parser="qwen25"),
+        return_exceptions=True,
+    )
+    assert len(several[0]["output_ids"]) == GREEDY["max_new_tokens"]
+    assert isinstance(several[1], errors.InvalidRequestError)
+    assert several[2:] == [("Let me see.", [call]), ("", [call, call]), ("", [call]), ("", []), ("no call", [])]
+    with pytest.raises(errors.InvalidRequestError, match=r"no function-call parser 'qwen99'; it has .*qwen25"):
+        await engine.parse_function_calls(qwen, TOOLS, parser="qwen99")
+    with pytest.raises(errors.InvalidRequestError, match="tools must look like"):
+        await engine.parse_function_calls(qwen, [WEATHER], parser="qwen25")
 
 
 def assert_close(found: Any, expected: Any) -> None:
@@ -297,7 +327,8 @@ def replicas(context: Any, path: str) -> dict[str, Any]:
 
 def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
     """Many requests at once, with random aborts, pauses and delays: all are accounted for."""
-    with context.engine(path, context.world, timeout_s=60.0) as engine:
+    scheduling = {"enable_priority_scheduling": True, "disable_priority_preemption": True, "max_running_requests": 4}
+    with context.engine(path, context.world, timeout_s=60.0, **scheduling) as engine:
         draw = random.Random(seed)
 
         async def one() -> dict[str, Any]:
@@ -306,6 +337,7 @@ def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
             params = {"max_new_tokens": draw.randint(1, 24), "temperature": 1.0, "ignore_eos": True}
             name = f"{draw.getrandbits(64):x}"
             call = {"input_ids": prompt, "sampling_params": params, "request_id": name}
+            call["priority"] = draw.randint(0, 3)
             if draw.random() < 0.3:
                 asyncio.get_running_loop().call_later(draw.random(), engine.abort, name)
             if draw.random() < 0.2:
@@ -325,6 +357,19 @@ def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
             assert len(results) == requests and not engine._requests._sequences
             kinds = {result["meta_info"]["finish_reason"]["type"] for result in results if result}
             assert kinds == {"length", "abort"}
+            await in_order(engine)
+
+        async def in_order(engine: Any) -> None:
+            """Four run at a time: the others wait, and begin by priority, not in the order in which they came."""
+            ended: list[int] = []
+
+            async def one(priority: int, tokens: int) -> None:
+                params = {**GREEDY, "max_new_tokens": tokens}
+                await engine.async_generate(input_ids=PROMPTS[0], sampling_params=params, priority=priority)
+                ended.append(priority)
+
+            await asyncio.gather(*(one(9, 30) for _ in range(4)), *(one(each, 8) for each in (1, 5, 3, 7, 2, 6, 4, 8)))
+            assert [sorted(ended[at : at + 4]) for at in (0, 4, 8)] == [[9] * 4, [5, 6, 7, 8], [1, 2, 3, 4]]
 
         leader(context, engine, program)
         greedy(engine)  # compares what all ranks have made
