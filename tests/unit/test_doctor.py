@@ -81,7 +81,7 @@ def test_a_check_that_breaks_is_a_failure_among_the_others(monkeypatch):
     monkeypatch.setitem(doctor.CHECKS, "nccl", broken)
     findings = doctor.examine({}, only=("nccl", "open-files"))
     assert [finding.name for finding in findings] == ["open-files", "nccl"]
-    assert findings[1].status is Status.FAILURE and "ZeroDivisionError: by zero" in findings[0].found
+    assert findings[1].status is Status.FAILURE and "ZeroDivisionError: by zero" in findings[1].found
 
 
 def test_memory_of_other_processes_that_the_kernel_keeps():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -111,3 +112,27 @@ def death(context: Any, engine: Any, model: Any) -> None:
     dist.barrier()
     engine.restart()
     assert engine.update_weights(model, verify=True).wrong_elements == 0
+
+
+def cut_off(context: Any, path: str) -> None:
+    """A node is cut off while the ranks work. Every rank leaves what it then got, and when, and ends by itself.
+
+    No rank may wait for another one of the other node, so that nothing here is collective but the calls of the engine.
+    """
+    engine = context.engine(path, context.world, timeout_s=300.0)
+    tokens = greedy(engine)
+    (context.directory / f"ready{context.rank}").touch()
+    try:
+        while True:
+            assert greedy(engine) == tokens
+    except errors.SchedulerDiedError as error:
+        report = {"rank": error.rank, "message": str(error), "at": time.time()}
+    leave(context, report)
+
+
+def leave(context: Any, value: Any) -> None:
+    """End this rank with a result, at once: rank 0's store may be out of reach."""
+    path = context.directory / f"rank{context.rank}.json"
+    path.with_suffix(".part").write_text(json.dumps(value))
+    path.with_suffix(".part").rename(path)
+    os._exit(0)
