@@ -286,7 +286,8 @@ class SpmdEngine:
         the report, or see its fields.
 
         Args:
-            source, rename: as for `update_weights`.
+            source: as for `update_weights`.
+            rename: as for `update_weights`.
             speeds: what links carry, for the floors; by default an H200's.
 
         Returns:
@@ -354,7 +355,7 @@ class SpmdEngine:
 
         Not collective: only the leader of a replica calls it, as often and for as many requests at a time as it likes;
         the other ranks call nothing. A collective call that comes meanwhile takes its turn when the requests that
-        came before it have finished.
+        came before it have finished. Arguments that are not listed are those of `generate`.
 
         Args:
             stream: return an asynchronous iterator over what comes, as it comes: dicts as below with the new
@@ -363,7 +364,6 @@ class SpmdEngine:
             request_id: its name for `abort`, and `meta_info["id"]`; by default one is made.
             priority: for SGLang's scheduling, with `enable_priority_scheduling=True`.
             timeout_s: seconds after which it is aborted: it ends with the tokens that it has.
-            others: as for `generate`.
 
         Returns:
             As `generate` does; `meta_info` has also `token_weight_versions`, the weight version of each token. A
@@ -497,7 +497,7 @@ class SpmdEngine:
         one dies, all of them end, and a restart of one must be one of all.
 
         Raises:
-            All that making a SpmdEngine raises; it may be tried again.
+            SpmdEngineError: all that making a SpmdEngine raises; it may be tried again.
         """
         self._caller.check_owner()
         self._caller.stop()

@@ -46,6 +46,16 @@ class Node:
             for name in ("lo", _INTERFACE):
                 link.link("set", index=link.link_lookup(ifname=name)[0], state="up")
 
+    def pids(self) -> list[int]:
+        """Processes on this node."""
+        own = os.stat(f"/run/netns/{self.namespace}").st_ino
+        found = []
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{name}/ns/net").st_ino == own:
+                    found.append(int(name))
+        return found
+
     def cut_off(self) -> None:
         """Pull the cable: nothing arrives any more, and nothing is closed. `configure` plugs it in again."""
         with NetNS(self.namespace) as link:
