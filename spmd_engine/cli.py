@@ -32,16 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: those after the command's name; by default this process's.
     """
-    parser = argparse.ArgumentParser(prog="spmd-engine", description="SGLang inside every rank of an RL trainer.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_plan(commands.add_parser("plan", help="what a weight update would move, on paper", description=_PLAN))
-    _add_doctor(commands.add_parser("doctor", help="check this machine, and say how to mend it", description=_DOCTOR))
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         return _doctor(options) if options.command == "doctor" else _plan(options)
     except SpmdEngineError as error:
         print(f"spmd-engine: {error}", file=sys.stderr)
         return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(prog="spmd-engine", description="SGLang inside every rank of an RL trainer.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_plan(commands.add_parser("plan", help="what a weight update would move, on paper", description=_PLAN))
+    _add_doctor(commands.add_parser("doctor", help="check this machine, and say how to mend it", description=_DOCTOR))
+    return parser
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

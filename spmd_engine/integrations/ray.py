@@ -95,8 +95,11 @@ def place_ranks(
     """
     if not ray.is_initialized():
         raise ConfigError("Ray is not initialised: call ray.init(), with address='auto' to join a cluster")
-    if nnodes < 1 or ranks_per_node < 1:
-        raise ConfigError(f"nnodes and ranks_per_node must be at least 1, got {nnodes} and {ranks_per_node}")
+    if nnodes < 1 or ranks_per_node < 1 or cpus_per_rank <= 0:
+        raise ConfigError(
+            f"nnodes and ranks_per_node must be at least 1, got {nnodes} and {ranks_per_node}, and cpus_per_rank above "
+            f"0, got {cpus_per_rank}"
+        )
     if gpus_per_rank is None:
         gpus_per_rank = 1 if ray.cluster_resources().get("GPU") else 0
     if gpus_per_rank not in (0, 1):

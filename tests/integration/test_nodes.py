@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from integration.jobs import run_job
 from integration.nodes import Node
 from integration.ray_cluster import ray_cluster
+from spmd_engine.process import with_this_package
 
 # SGLang on the plain CPU cannot load KV heads that are fewer than the TP ranks.
 HEADS = {"num_key_value_heads": 4}
@@ -106,6 +109,38 @@ def test_torchrun_over_two_nodes_and_one_is_cut_off(tmp_path, checkpoint, refere
             until=cut.is_known_to_all,
         )  # fmt: skip
     check_update(cut.check(), expected, 4)
+
+
+@pytest.mark.one_version
+@pytest.mark.parametrize("ipv6", [True, pytest.param(False, marks=FULL_PRODUCT)])
+def test_doctor_tries_the_way_to_another_node(nodes, ipv6):
+    host = nodes[0].ipv6 if ipv6 else nodes[0].ipv4
+    target = f"[{host}]:29500" if ipv6 else f"{host}:29500"
+
+    def ask(node):
+        command = [
+            sys.executable,
+            "-m",
+            "spmd_engine.cli",
+            "doctor",
+            "--json",
+            "--only=rendezvous",
+            f"--rendezvous={target}",
+        ]
+        env = with_this_package(os.environ)
+        done = subprocess.run(command, env=env, preexec_fn=node.enter, capture_output=True, text=True, timeout=60)
+        return done.returncode, json.loads(done.stdout)["findings"][0]
+
+    status, found = ask(nodes[1])
+    assert status == 0 and "the host answers at port 29500" in found["found"], found
+    status, found = ask(nodes[0])
+    assert status == 0 and "this very node" in found["found"], found
+    nodes[0].cut_off()
+    try:
+        status, found = ask(nodes[1])
+    finally:
+        nodes[0].configure()
+    assert status == 1 and found["status"] == "failure" and found["fix"], found
 
 
 @pytest.fixture(scope="module", params=[pytest.param("ipv4", marks=FULL_PRODUCT), "ipv6"])
