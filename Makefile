@@ -8,12 +8,13 @@ BIN := $(TEST_ENV)/bin
 
 DEMO_ENV := .venv
 
-.PHONY: help demo test test-integration lint format clean
+.PHONY: help demo docs test test-integration lint format clean
 
 help:
 	@echo "make demo              train a small model by RL on two ranks, with rollouts from SpmdEngine"
 	@echo "make test              everything that needs no GPU (SGLANG=$(SGLANG))"
 	@echo "make test-integration  only the tests with real SGLang, e.g. SGLANG=0.5.23"
+	@echo "make docs              the documentation, in out/site; a broken link is an error"
 	@echo "make lint | format     ruff, mypy, clang-format"
 	@echo "make clean             remove environments and build products"
 
@@ -21,7 +22,7 @@ $(TEST_ENV)/.ready: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(TEST_ENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "sglang==$(SGLANG)" -e ".[test,demo]"
+	$(BIN)/pip install --quiet "sglang==$(SGLANG)" -e ".[test,demo,docs]"
 	touch $@
 
 $(DEMO_ENV)/.ready: $(SOURCES) $(wildcard spmd_engine/*.py spmd_engine/*/*.py)
@@ -40,6 +41,9 @@ test: $(TEST_ENV)/.ready
 
 test-integration: $(TEST_ENV)/.ready
 	$(BIN)/python -m pytest tests/integration $(ARGS)
+
+docs: $(TEST_ENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(TEST_ENV)/.ready
 	$(BIN)/ruff check .

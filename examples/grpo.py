@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ PROMPT_LEN, ANSWER_LEN = DIGITS + 2, DIGITS + 1
 PROMPTS, GROUP = 64, 8  # a step samples GROUP answers to each of PROMPTS prompts
 LEARNING_RATE, CLIP, ENTROPY = 2e-3, 0.2, 0.1
 PHASES = ("rollout", "train", "sync")
+METRICS = ("reward", "difference", "moved", *PHASES)
 # On the CPU the engine computes in float32 as the trainer does, so that log-probabilities differ by rounding only.
 # SGLang's GPU kernels take 16-bit weights: update_weights casts on the way.
 CPU_ARGS = {"device": "cpu", "dtype": "float32"}
@@ -134,9 +136,9 @@ def plot(history: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def train(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+def train(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, float]]:
+    """Take args.steps steps on this rank; after each one what it came to, the same on all ranks but for the seconds."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    history: dict[str, list[float]] = {key: [] for key in ("reward", "difference", "moved", *PHASES)}
     with contextlib.ExitStack() as stack:
         checkpoint = [args.model]
         if args.model is None and rank == 0:
@@ -152,21 +154,24 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, list[floa
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
 
         # The engine reads the initial checkpoint; what it learns later comes through update_weights alone.
-        mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))["tp"]
-        server_args = {"random_seed": args.seed, **(GPU_ARGS if device.type == "cuda" else CPU_ARGS)}
+        tp = args.tp or world
+        mesh = init_device_mesh("cpu", (world // tp, tp), mesh_dim_names=("dp", "tp"))["tp"]
+        replica, replicas = rank // tp, world // tp
+        server_args = {"random_seed": args.seed + replica, **(GPU_ARGS if device.type == "cuda" else CPU_ARGS)}
         engine = stack.enter_context(SpmdEngine(checkpoint[0], device_mesh_cpu=mesh, **server_args))
 
         generator = torch.Generator().manual_seed(args.seed)
-        mine = slice(rank * PROMPTS * GROUP // world, (rank + 1) * PROMPTS * GROUP // world)
-        bar = stack.enter_context(tqdm(total=args.steps, disable=rank != 0, unit="step"))
+        size = PROMPTS * GROUP // world
+        mine = slice(engine.tp_rank * size, (engine.tp_rank + 1) * size)
         for step in range(args.steps):
             times = [time.perf_counter()]
-            prompts, targets = make_prompts(generator)  # generate is collective: same prompts and answers on all ranks
+            # generate is collective over the ranks of a replica: they have the same prompts, and get the same answers.
+            prompts, targets = (part.chunk(replicas)[replica] for part in make_prompts(generator))
             answers, mask, engine_logprobs = rollout(engine, prompts)
             times.append(time.perf_counter())
 
             prompts, targets = prompts.repeat_interleave(GROUP, 0), targets.repeat_interleave(GROUP, 0)
-            rewards = (answers == targets).float().mean(1).view(PROMPTS, GROUP)
+            rewards = (answers == targets).float().mean(1).view(-1, GROUP)
             advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
             batch = (prompts, answers, mask, engine_logprobs, advantages.view(-1, 1))
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, 2.1 - 2 * step / args.steps)
@@ -176,24 +181,38 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, list[floa
             engine.update_weights(model)
             times.append(time.perf_counter())
 
+            means = torch.tensor([rewards.mean().item(), difference, moved])
+            dist.all_reduce(means)
             seconds = [end - start for start, end in itertools.pairwise(times)]
-            for key, value in zip(history, (rewards.mean().item(), difference, moved, *seconds), strict=True):
-                history[key].append(value)
-            if rank == 0:
-                phases = "  ".join(f"{phase} {value:.3f} s" for phase, value in zip(PHASES, seconds, strict=True))
-                tqdm.write(f"step {step + 1:3d}  reward {rewards.mean():.3f}  |Δ logprob| {difference:.1e}  {phases}")
-                bar.set_postfix(reward=f"{rewards.mean():.2f}", refresh=False)
-            bar.update()
-    return history
+            yield dict(zip(METRICS, [*(means / world).tolist(), *seconds], strict=True))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="GRPO on two ranks: torchrun --nproc_per_node 2 examples/grpo.py")
+def describe(step: int, metrics: dict[str, float]) -> str:
+    phases = "  ".join(f"{phase} {metrics[phase]:.3f} s" for phase in PHASES)
+    return f"step {step:3d}  reward {metrics['reward']:.3f}  |Δ logprob| {metrics['difference']:.1e}  {phases}"
+
+
+def verdict(history: dict[str, list[float]]) -> tuple[bool, str]:
+    """Whether the reward rose, and a line that says so."""
+    first, last = (statistics.mean(part) for part in (history["reward"][:EDGE], history["reward"][-EDGE:]))
+    rose = last > first + 0.3
+    says = f"reward rose from {first:.2f} (first {EDGE} steps) to {last:.2f} (last {EDGE} steps)"
+    return rose, f"{says}: {'yes' if rose else 'no'}"
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory for grpo.png")
     parser.add_argument("--model", help="checkpoint to start from; default: a small random Qwen2")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--tp", type=int, help="ranks of one replica of the engine; default: all")
+    return parser
+
+
+def main() -> int:
+    args = arguments(
+        argparse.ArgumentParser(description="GRPO: torchrun --nproc_per_node 2 examples/grpo.py")
+    ).parse_args()
 
     device = torch.device("cpu")
     if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
@@ -202,17 +221,23 @@ def main() -> int:
     hf_logging.disable_progress_bar()
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     leader = dist.get_rank() == 0
-    history = train(args, device)
+    history: dict[str, list[float]] = {key: [] for key in METRICS}
+    with tqdm(total=args.steps, disable=not leader, unit="step") as bar:
+        for step, metrics in enumerate(train(args, device), 1):
+            for key, value in metrics.items():
+                history[key].append(value)
+            if leader:
+                tqdm.write(describe(step, metrics))
+                bar.set_postfix(reward=f"{metrics['reward']:.2f}", refresh=False)
+            bar.update()
     dist.destroy_process_group()
 
-    first, last = (statistics.mean(part) for part in (history["reward"][:EDGE], history["reward"][-EDGE:]))
-    rose = last > first + 0.3
+    rose, line = verdict(history)
     if leader:
         args.out.mkdir(parents=True, exist_ok=True)
         plot(history, args.out / "grpo.png")
         print(f"plot: {args.out / 'grpo.png'}")
-        verdict = f"from {first:.2f} (first {EDGE} steps) to {last:.2f} (last {EDGE} steps): {'yes' if rose else 'no'}"
-        print(f"reward rose {verdict}")
+        print(line)
     return 0 if rose else 1
 
 

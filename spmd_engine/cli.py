@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from spmd_engine import doctor
+from spmd_engine.doctor.findings import as_text, exit_status
 from spmd_engine.errors import SpmdEngineError
 from spmd_engine.explain import LinkSpeeds
 from spmd_engine.layout import ITEM_SIZE
@@ -18,6 +21,10 @@ from spmd_engine.shapes import SHAPES
 _PLAN = """What a weight update moves in a cluster of any shape, and how long it must take at least: without GPUs and
 without weights. SGLang's own load_weights is recorded for every tensor-parallel rank."""
 
+_DOCTOR = """Is this machine fit for SpmdEngine, and if not, what must change? What can be tried is tried for real,
+between processes of its own. Run it where a trainer rank would run, with the same environment. The exit status is 1 if
+anything failed, else 0."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status.
@@ -25,15 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: those after the command's name; by default this process's.
     """
-    parser = argparse.ArgumentParser(prog="spmd-engine", description="SGLang inside every rank of an RL trainer.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_plan(commands.add_parser("plan", help="what a weight update would move, on paper", description=_PLAN))
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
-        return _plan(options)
+        return _doctor(options) if options.command == "doctor" else _plan(options)
     except SpmdEngineError as error:
         print(f"spmd-engine: {error}", file=sys.stderr)
         return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(prog="spmd-engine", description="SGLang inside every rank of an RL trainer.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_plan(commands.add_parser("plan", help="what a weight update would move, on paper", description=_PLAN))
+    _add_doctor(commands.add_parser("doctor", help="check this machine, and say how to mend it", description=_DOCTOR))
+    return parser
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +99,24 @@ def _plan(options: argparse.Namespace) -> int:
     print(report)
     print(f"(planned in {time.monotonic() - began:.1f} s)")
     return 0
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--json", action="store_true", help="print the findings as JSON")
+    add("--only", action="append", choices=tuple(doctor.CHECKS), default=[], help="make this check; may be repeated")
+    add("--rendezvous", default="", metavar="HOST[:PORT]", help="where the ranks meet; default: MASTER_ADDR")
+    add("--timeout", type=float, default=120.0, help="seconds for every process that a check starts (%(default)s)")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    findings = doctor.examine(os.environ, only=options.only, rendezvous=options.rendezvous, timeout_s=options.timeout)
+    status = exit_status(findings)
+    if options.json:
+        print(json.dumps({"ok": not status, "findings": [finding.to_dict() for finding in findings]}, indent=1))
+    else:
+        print(as_text(findings))
+    return status
 
 
 if __name__ == "__main__":

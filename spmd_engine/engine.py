@@ -267,7 +267,8 @@ class SpmdEngine(LeaderCalls):
         the report, or see its fields.
 
         Args:
-            source, rename: as for `update_weights`.
+            source: as for `update_weights`.
+            rename: as for `update_weights`.
             speeds: what links carry, for the floors; by default an H200's.
 
         Returns:
@@ -383,7 +384,7 @@ class SpmdEngine(LeaderCalls):
         one dies, all of them end, and a restart of one must be one of all.
 
         Raises:
-            All that making a SpmdEngine raises; it may be tried again.
+            SpmdEngineError: all that making a SpmdEngine raises; it may be tried again.
         """
         self._caller.check_owner()
         self._caller.stop()

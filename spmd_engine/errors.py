@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 # The kinds of an engine's memory that can be released: SGLang's names.
@@ -81,6 +82,29 @@ class SchedulerDiedError(SpmdEngineError):
         self.rank = rank
         self.exit_status = exit_status
         self.log_tail = log_tail
+
+
+class RankFailedError(SpmdEngineError):
+    """A rank of a job on Ray failed, and its error came to the driver.
+
+    Attributes:
+        rank: the global rank that failed first, as far as it is known.
+        cause: its exception, or that of a rank which says so.
+        errors: the exceptions of all ranks that had one, by rank.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int = -1,
+        cause: BaseException | None = None,
+        errors: Mapping[int, BaseException] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.cause = cause
+        self.errors = dict(errors or {})
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,9 @@ class LeaderCalls:
 
         Not collective: only the leader of a replica calls it, as often and for as many requests at a time as it likes;
         the other ranks call nothing. A collective call that comes meanwhile takes its turn when the requests that
-        came before it have finished.
+        came before it have finished. Arguments that are not listed are those of `generate`.
 
         Args:
-            prompt, sampling_params, return_text_in_logprobs, **options: as for `generate`.
             stream: return an asynchronous iterator over what comes, as it comes: dicts as below with the new
                 `output_ids` and the new `text` alone; `finish_reason` is None in all but the last of a sequence. With
                 several sequences, `index` tells which one it is. To leave the iterator ends the request.

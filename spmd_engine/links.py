@@ -6,6 +6,7 @@ main thread for `exchange`, and `alarm`, watched by the watchdog thread. Frames 
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import select
@@ -19,6 +20,10 @@ from spmd_engine.channel import LinkAddress, spin
 _HEADER = struct.Struct("<II")
 _MAX_HEADER = 1 << 28
 _HELLO_LIMIT = 4096
+# A node that is cut off closes nothing. The kernel asks an idle peer after so long whether it is there, so often and so
+# many times (tcp(7)): 10 s until it counts as gone. It answers for a process that is busy or stopped, too.
+_KEEPALIVE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
+_CUT_OFF = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 Frame = tuple[dict[str, Any], bytes]
 
 
@@ -53,6 +58,21 @@ def listen(host: str) -> socket.socket:
     listener.bind((host, 0))
     listener.listen(1024)
     return listener
+
+
+def watch_for_silence(sock: socket.socket) -> None:
+    """Let the kernel notice that the other end's node, or the way to it, is gone.
+
+    For connections whose other end always reads: one that does not read counts as gone, too.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def is_cut_off(error: Exception) -> bool:
+    """Whether a socket failed because its other end was silent, rather than because that has closed it."""
+    return isinstance(error, OSError) and error.errno in _CUT_OFF
 
 
 def frame(header: dict[str, Any], blob: bytes = b"") -> bytes:
@@ -148,6 +168,7 @@ class Links:
     def _keep(self, sock: socket.socket, rank: int, lane: str) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if lane == "alarm":
+            watch_for_silence(sock)  # the watchdog thread reads there whatever the main thread does
             self.alarms[rank] = sock
             return
         sock.settimeout(None)

@@ -29,6 +29,14 @@ _LAUNCHER_VARIABLES = {
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
+def with_this_package(environ: Mapping[str, str]) -> dict[str, str]:
+    """A copy of `environ` in which another Python, of this environment, finds this very package."""
+    env, home = dict(environ), str(Path(__file__).resolve().parents[1])
+    if home not in (*site.getsitepackages(), site.getusersitepackages()):  # not installed: imported from a source tree
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
+    return env
+
+
 def child_environment(
     environ: Mapping[str, str],
     *,
@@ -59,9 +67,7 @@ def child_environment(
     env.setdefault("NCCL_NVLS_ENABLE", "0")
     env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     env["PYTHONUNBUFFERED"] = "1"
-    home = str(Path(__file__).resolve().parents[1])
-    if home not in (*site.getsitepackages(), site.getusersitepackages()):  # not installed: imported from a source tree
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
+    env = with_this_package(env)
     # What SGLang leaves behind in the temporary directory goes with the engine.
     env["TMPDIR"] = scratch
     # It takes shared memory and a process of its own, for broadcasts that no scheduler of ours makes.

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from spmd_engine.channel import Channel, ChannelClosed, Failed
 from spmd_engine.errors import ErrorReport
-from spmd_engine.links import Links, recv_frame
+from spmd_engine.links import Links, is_cut_off, recv_frame
 
 
 class Watchdog(threading.Thread):
@@ -82,10 +82,14 @@ class Watchdog(threading.Thread):
         try:
             sock.settimeout(1.0)
             news, _ = recv_frame(sock)
-        except (EOFError, OSError, ValueError, json.JSONDecodeError):
-            self.die(
-                ErrorReport("SchedulerDiedError", f"the scheduler process of rank {member} ended unexpectedly", member)
-            )
+        except (EOFError, OSError, ValueError, json.JSONDecodeError) as error:
+            what = f"the scheduler process of rank {member} ended unexpectedly"
+            if is_cut_off(error):
+                what = (
+                    f"the scheduler process of rank {member} cannot be reached any more from rank {self.rank} "
+                    f"({error}): its node is down, or the network between the two is"
+                )
+            self.die(ErrorReport("SchedulerDiedError", what, member))
             return
         if links.rank == links.hub:
             links.alarm(news, skip=member)

@@ -37,6 +37,30 @@ class Node:
         """What a launcher on this node tells its ranks about the network."""
         return {"MASTER_ADDR": master.ipv6 if ipv6 else master.ipv4, "GLOO_SOCKET_IFNAME": _INTERFACE}
 
+    def configure(self) -> None:
+        """Give the interface its addresses, and switch it on."""
+        with NetNS(self.namespace) as link:
+            number = link.link_lookup(ifname=_INTERFACE)[0]
+            link.addr("replace", index=number, address=self.ipv4, prefixlen=24)
+            link.addr("replace", index=number, address=self.ipv6, prefixlen=64, flags=_USABLE_AT_ONCE)
+            for name in ("lo", _INTERFACE):
+                link.link("set", index=link.link_lookup(ifname=name)[0], state="up")
+
+    def pids(self) -> list[int]:
+        """Processes on this node."""
+        own = os.stat(f"/run/netns/{self.namespace}").st_ino
+        found = []
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{name}/ns/net").st_ino == own:
+                    found.append(int(name))
+        return found
+
+    def cut_off(self) -> None:
+        """Pull the cable: nothing arrives any more, and nothing is closed. `configure` plugs it in again."""
+        with NetNS(self.namespace) as link:
+            link.link("set", index=link.link_lookup(ifname=_INTERFACE)[0], state="down")
+
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
@@ -55,12 +79,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
         with NetNS(names[0]) as first:
             first.link("add", ifname=_INTERFACE, kind="veth", peer={"ifname": _INTERFACE, "net_ns_fd": names[1]})
         for node in nodes:
-            with NetNS(node.namespace) as link:
-                number = link.link_lookup(ifname=_INTERFACE)[0]
-                link.addr("add", index=number, address=node.ipv4, prefixlen=24)
-                link.addr("add", index=number, address=node.ipv6, prefixlen=64, flags=_USABLE_AT_ONCE)
-                for name in ("lo", _INTERFACE):
-                    link.link("set", index=link.link_lookup(ifname=name)[0], state="up")
+            node.configure()
         yield nodes  # type: ignore[misc]
     finally:
         for action in reversed(undo):

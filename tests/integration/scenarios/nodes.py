@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import models
@@ -20,7 +22,13 @@ from integration.scenarios.weights import unmapped_like
 from spmd_engine import errors
 
 
-def update(context: Any, path: str, tp: int, config: dict[str, Any]) -> dict[str, Any]:
+def update(
+    context: Any,
+    path: str,
+    tp: int,
+    config: dict[str, Any],
+    before_end: Callable[[Any], dict[str, Any]] = lambda engine: {},
+) -> dict[str, Any]:
     """Start from other weights, and move shards in that are spread over both nodes."""
     with context.engine(path, tp) as engine:
         model = shard(models.make_model("qwen2", seed=2, **config), context.world)
@@ -38,6 +46,7 @@ def update(context: Any, path: str, tp: int, config: dict[str, Any]) -> dict[str
             "staged_bytes": again.staged_bytes,
             "model_bytes": sum(p.nbytes for p in model.parameters()),
             "row_parallel_bytes": sum(p.nbytes for p in rows),
+            **before_end(engine),
         }
 
 
@@ -111,3 +120,30 @@ def death(context: Any, engine: Any, model: Any) -> None:
     dist.barrier()
     engine.restart()
     assert engine.update_weights(model, verify=True).wrong_elements == 0
+
+
+def update_and_cut_off(context: Any, path: str, config: dict[str, Any], on_ray: bool = False) -> None:
+    """What `update` does, and then a node is cut off while the ranks work.
+
+    Every rank leaves what it got, and when, in the directory: those that are cut off can tell nobody else. No rank may
+    wait for another one but in calls of the engine.
+    """
+    values = update(context, path, context.world, config, before_end=lambda engine: _until_cut_off(context, engine))
+    target = context.directory / f"rank{context.rank}.json"
+    error = values.pop("error")
+    values["failure"] = {"rank": error.rank, "message": str(error), "at": time.time()}
+    target.with_suffix(".part").write_text(json.dumps(values))
+    target.with_suffix(".part").rename(target)
+    if on_ray:
+        raise error
+    os._exit(0)  # at once: rank 0's store may be out of reach
+
+
+def _until_cut_off(context: Any, engine: Any) -> dict[str, Any]:
+    tokens = greedy(engine)
+    (context.directory / f"ready{context.rank}").touch()
+    try:
+        while True:
+            assert greedy(engine) == tokens
+    except errors.SchedulerDiedError as error:
+        return {"error": error}

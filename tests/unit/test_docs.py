@@ -1,0 +1,88 @@
+"""What the documentation says can be done as it says. (`make docs` checks its links.)"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from spmd_engine import SpmdEngine, cli, errors
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+# Every command in the documentation, by its first words, and what runs it.
+COMMANDS = {
+    "make demo": "by hand before a release: it has the time of a whole CI run",
+    "make test": "CI",
+    "pip install .": "the Makefile's environments",
+    "pip install 'spmd-engine[ray]'": "the extra `ray`, by the test environment's own",
+    "spmd-engine doctor": "tests/unit/test_doctor.py, tests/integration/test_nodes.py",
+    "spmd-engine plan": "tests/integration/test_on_paper.py",
+    "torchrun --standalone --nproc_per_node 2 first.py": "tests/integration/test_docs.py",
+    "torchrun --standalone --nproc_per_node 2 examples/grpo.py": "make demo",
+    "torchrun --nnodes 2 --node-rank": "tests/integration/test_nodes.py, with other ranks",
+    "ray start": "tests/integration/ray_cluster.py",
+    "python examples/grpo_ray.py --nodes 2 --ranks-per-node 1": "tests/integration/test_nodes.py",
+}
+
+
+def blocks(language):
+    """(page, text) of each block of code in that language."""
+    found = []
+    for page in PAGES:
+        for indent, text in re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(), re.M | re.S):
+            lines = [line.removeprefix(indent) for line in text.splitlines()]
+            found.append(pytest.param("\n".join(lines), id=f"{page.relative_to(ROOT)}-{len(found)}"))
+    return found
+
+
+@pytest.mark.parametrize("text", blocks("bash"))
+def test_every_command_is_run_by_something(text):
+    for line in filter(None, text.splitlines()):
+        assert any(line.startswith(known) for known in COMMANDS), line
+        words = shlex.split(line, comments=True)
+        if words[0] == "spmd-engine":
+            cli.make_parser().parse_args(words[1:])
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_code_names_what_exists(text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spmd_engine"):
+            try:
+                module = importlib.import_module(node.module)
+            except ImportError as error:
+                pytest.skip(f"not in this environment: {error}")
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("engine", "self.engine"):
+            assert hasattr(SpmdEngine, node.attr), ast.unparse(node)
+
+
+def test_errors_of_the_failure_guide_exist():
+    text = (ROOT / "docs" / "failures.md").read_text()
+    named = set(re.findall(r"\b[A-Z]\w+Error\b", text)) - {"ncclUnhandledCudaError"}
+    assert named and all(hasattr(errors, name) for name in named)
+    raised = {
+        name for name, kind in vars(errors).items() if isinstance(kind, type) and kind.__module__ == errors.__name__
+    }
+    missing = {name for name in raised if name.endswith("Error")} - named - {"SpmdEngineError"}
+    assert missing == set(), "the failure guide does not have these"
+    messages = "\n".join(text for path in (ROOT / "spmd_engine").rglob("*.py") for text in strings(path))
+    phrases = re.findall(r"Error`?:? (?:\.\.\. )?([^`|]{8,}?)(?: \.\.\.)?`", text)
+    assert len(phrases) > 5
+    for phrase in phrases:
+        for part in re.split(r"\s*\.\.\.\s*", phrase):
+            assert part in messages, f"no message says {part!r}"
+
+
+def strings(path):
+    """The strings of a program that are not its documentation."""
+    tree = ast.parse(path.read_text())
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            yield node.value
