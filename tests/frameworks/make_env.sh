@@ -15,4 +15,4 @@ below=$("$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purel
 echo "import site; site.addsitedir('$below')" > "$site/base.pth"
 "$base/bin/python" -m pip --python "$env/bin/python" install --quiet --no-deps "verl==$version" \
     accelerate antlr4-python3-runtime==4.9.3 cachetools codetiming hydra-core msgpack omegaconf peft pylatexenc pyvers \
-    ray==2.60.0 tensordict==0.15.3 torchdata
+    ray==2.60.0 tensordict==0.10.0 torchdata

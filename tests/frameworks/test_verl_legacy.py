@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cluster
 import models
 import numpy as np
 import pytest
 import torch
-
-import cluster
 
 cluster.need_verl("0.5")
 
