@@ -207,6 +207,7 @@ tools:
 
 
 def test_conversations_with_a_tool(tmp_path, model, ray_nodes):
+    import ray
     from transformers import AutoTokenizer
     from verl import DataProto
 
@@ -227,6 +228,10 @@ def test_conversations_with_a_tool(tmp_path, model, ray_nodes):
     batch.non_tensor_batch["raw_prompt"] = np.array([None, *messages], dtype=object)[1:]
     batch.non_tensor_batch["tools_kwargs"] = np.array([{"add": {}} for _ in messages], dtype=object)
     with workers_of(model, *more, regex=SAYS) as workers:
+        unknown = batch.select(deepcopy=True)
+        unknown.non_tensor_batch["tools_kwargs"][-1] = {"subtract": {}}
+        with pytest.raises(ray.exceptions.RayTaskError, match=r"wants tools \['subtract'\]; there are \['add'\]"):
+            workers.generate_sequences(unknown)
         keys = ["input_ids", "attention_mask", "position_ids"]
         made = workers.generate_sequences(
             batch.pop(batch_keys=keys, non_tensor_batch_keys=["raw_prompt", "tools_kwargs"])

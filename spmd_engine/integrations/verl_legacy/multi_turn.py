@@ -23,7 +23,8 @@ from verl import DataProto
 from verl.tools.schemas import OpenAIFunctionCallSchema, OpenAIFunctionToolCall
 from verl.workers.rollout.schemas import AsyncRolloutRequest, AsyncRolloutRequestStateEnum, FinishReasonTypeEnum
 
-from spmd_engine.errors import ConfigError, InvalidRequestError
+import spmd_engine
+from spmd_engine.errors import ConfigError, ErrorReport, InvalidRequestError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_TYPED = frozenset(spmd_engine.__all__)
 # How Qwen and Hermes models ask for a tool.
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 # Parts of a finished conversation: its field, the side that is padded, and the value that it is padded with.
@@ -79,25 +81,27 @@ class Conversations:
 
         Raises:
             InvalidRequestError: the batch has no "raw_prompt", or a tool or an interaction that there is none of.
-            Exception: what the first rank of the replica met, on all of them.
+            SpmdEngineError: what the first rank of the replica met, on all of them.
+            RuntimeError: the same, on the others, of any other error, such as that of a tool.
         """
         done: list[Any] = [None]
+        error: Exception | None = None
         if engine.is_leader:
             try:
                 if self._loop is None:
                     self._loop = asyncio.new_event_loop()
-                finished = self._loop.run_until_complete(self._all(prompts, params, engine))
-                done = [self._batch(finished)]
-            except Exception as error:  # the other ranks wait
-                done = [error]
+                done = [self._batch(self._loop.run_until_complete(self._all(prompts, params, engine)))]
+            except Exception as caught:  # the other ranks wait
+                error = _first(caught)
+                done = [ErrorReport(type(error).__name__, str(error))]
         first = int(mesh.mesh.flatten()[0])
         if mesh.size() > 1:
-            told = [repr(done[0])] if isinstance(done[0], Exception) else done
-            dist.broadcast_object_list(told if engine.is_leader else done, src=first, group=mesh.get_group())
-        if isinstance(done[0], Exception):
-            raise done[0]
-        if isinstance(done[0], str):
-            raise InvalidRequestError(f"rank {first}, the leader of this replica, failed: {done[0]}")
+            dist.broadcast_object_list(done, src=first, group=mesh.get_group())
+        if error is not None:
+            raise error
+        if isinstance(done[0], ErrorReport):
+            kind, message = done[0].kind, f"rank {first}, the leader of this replica: {done[0].message}"
+            raise ErrorReport(kind, message).to_exception() if kind in _TYPED else RuntimeError(f"{kind}: {message}")
         tensors, others = done[0]
         device = prompts.batch["input_ids"].device
         tensors = {name: value.to(device) for name, value in tensors.items()}
@@ -234,6 +238,13 @@ class Conversations:
             "request_id": np.array([request.request_id for request in requests], dtype=object),
         }
         return tensors, others
+
+
+def _first(error: Exception) -> Exception:
+    """The error itself, or the first of a group."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _tool_calls(text: str, tools: dict[str, Any]) -> tuple[str, list[OpenAIFunctionToolCall]]:
