@@ -23,7 +23,7 @@ cluster.need_verl("0.9")
 # verl reads these when it is imported, here and in all processes of the cluster.
 os.environ.update(VERL_PLATFORM="cpu", VERL_ENGINE_DEVICE="cuda", VERL_USE_EXTERNAL_MODULES="verl_cpu_platform")
 
-PROMPTS, GROUP, PROMPT_LEN, RESPONSE_LEN, STEPS = 16, 4, 8, 8, 4
+PROMPTS, GROUP, PROMPT_LEN, RESPONSE_LEN, STEPS = 16, 4, 8, 8, 6
 COMMAND = [
     "data.max_prompt_length=8",
     "data.max_response_length=8",
@@ -302,15 +302,9 @@ def check_requests_that_wait(job: Job) -> None:
     asyncio.run(wait_in_vain())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"VERL_USE_EXTERNAL_PLUGINS": "auto", "VERL_USE_EXTERNAL_MODULES": ""},
-        {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "spmd_engine.integrations.verl"},
-    ],
-    ids=["entry point", "environment"],
-)
-def test_registration(settings):
+def test_registration_by_the_environment():
+    """By the entry point, the other way, the rollout of `test_grpo` was found."""
+    settings = {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "spmd_engine.integrations.verl"}
     code = (
         "import sys, verl\n"
         "from verl.workers.rollout.base import get_rollout_class\n"
@@ -321,3 +315,40 @@ def test_registration(settings):
         [sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.split() == ["SpmdRollout", "SpmdReplica", "False"], done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "use hybrid mode"),
+        ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size must be 1"),
+        ({"quantization": "fp8"}, "quantization=fp8"),
+        ({"lora_rank": 8}, "set model.lora.merge=True"),
+    ],
+)
+def test_what_it_does_not_do_is_said(monkeypatch, changes, message):
+    from spmd_engine.errors import ConfigError
+    from spmd_engine.integrations.verl import rollout
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    config, model = SimpleNamespace(**changes), SimpleNamespace(lora_rank=changes.get("lora_rank", 0))
+    with pytest.raises(ConfigError, match=message):
+        rollout._check(
+            config, SimpleNamespace(lora_rank=changes.get("lora_rank", 0)), None if not changes else object()
+        )
+
+
+def test_requests_in_the_words_of_verl():
+    from spmd_engine.errors import InvalidRequestError
+    from spmd_engine.integrations.verl.replica import _request
+
+    config = SimpleNamespace(max_model_len=None, prompt_length=8, response_length=4)
+    made = _request(config, [1, 2], {"temperature": 1.0, "max_tokens": 3, "logprobs": True}, "a")
+    params = {"temperature": 1.0, "n": 1, "max_new_tokens": 3}
+    expected = {"input_ids": [1, 2], "sampling_params": params, "return_logprob": True, "request_id": "a"}
+    assert made == expected
+    assert _request(config, [1] * 10, {}, "a")["sampling_params"]["max_new_tokens"] == 2
+    with pytest.raises(InvalidRequestError, match="12 tokens, and the whole may have 12"):
+        _request(config, [1] * 12, {}, "a")
+    with pytest.raises(InvalidRequestError, match="prompt_logprobs"):
+        _request(config, [1], {"prompt_logprobs": 0}, "a")
