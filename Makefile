@@ -8,12 +8,13 @@ BIN := $(TEST_ENV)/bin
 
 DEMO_ENV := .venv
 
-.PHONY: help demo docs test test-integration lint format clean
+.PHONY: help demo docs test test-integration test-verl lint format clean
 
 help:
 	@echo "make demo              train a small model by RL on two ranks, with rollouts from SpmdEngine"
 	@echo "make test              everything that needs no GPU (SGLANG=$(SGLANG))"
 	@echo "make test-integration  only the tests with real SGLang, e.g. SGLANG=0.5.23"
+	@echo "make test-verl         with verl and Ray, on the CPU, e.g. VERL=0.5.0 (default $(VERL))"
 	@echo "make docs              the documentation, in out/site; a broken link is an error"
 	@echo "make lint | format     ruff, mypy, clang-format"
 	@echo "make clean             remove environments and build products"
@@ -37,7 +38,17 @@ demo: $(DEMO_ENV)/.ready
 	OMP_NUM_THREADS=1 $(DEMO_ENV)/bin/torchrun --standalone --nproc_per_node 2 examples/grpo.py --out out $(ARGS)
 
 test: $(TEST_ENV)/.ready
-	$(BIN)/python -m pytest -m "not gpu and not multigpu" tests
+	$(BIN)/python -m pytest -m "not gpu and not multigpu" --ignore tests/frameworks tests
+
+VERL ?= 0.9.1
+VERL_ENV := .venv-verl-$(VERL)
+
+$(VERL_ENV)/.ready: $(TEST_ENV)/.ready tests/frameworks/make_env.sh
+	tests/frameworks/make_env.sh $(TEST_ENV) $(VERL_ENV) $(VERL)
+	touch $@
+
+test-verl: $(VERL_ENV)/.ready
+	$(VERL_ENV)/bin/python -m pytest tests/frameworks $(ARGS)
 
 test-integration: $(TEST_ENV)/.ready
 	$(BIN)/python -m pytest tests/integration $(ARGS)
@@ -57,4 +68,4 @@ format: $(TEST_ENV)/.ready
 	$(BIN)/clang-format -i $(wildcard csrc/*)
 
 clean:
-	rm -rf .venv .venv-test-* build out spmd_engine/_C*.so *.egg-info
+	rm -rf .venv .venv-test-* .venv-verl-* build out spmd_engine/_C*.so *.egg-info

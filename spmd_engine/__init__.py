@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from spmd_engine.explain import LinkSpeeds, PlanReport
     from spmd_engine.requests import FunctionCall
     from spmd_engine.stats import EngineStats, UpdateStats
+    from spmd_engine.verl_engine import VerlEngine
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "SpmdEngineError",
     "TransferError",
     "UpdateStats",
+    "VerlEngine",
     "WeightsInconsistentError",
     "__version__",
 ]
@@ -64,6 +66,10 @@ def __getattr__(name: str) -> Any:
         from spmd_engine.engine import SpmdEngine
 
         return SpmdEngine
+    if name == "VerlEngine":
+        from spmd_engine.verl_engine import VerlEngine
+
+        return VerlEngine
     if name in ("EngineStats", "UpdateStats"):
         from spmd_engine import stats
 

@@ -47,6 +47,12 @@ def test_bit_for_bit_what_sglang_loads(tmp_path, checkpoint, reference, name, tp
     assert all(value["fallback"] == [] for value in values)
 
 
+@ONE_VERSION
+def test_code_for_the_former_verl_engine(tmp_path, checkpoint, reference):
+    values = run_job("former.job", 2, tmp_path, name="qwen2", path=checkpoint("qwen2", 1)).values
+    assert values == reference("qwen2", 2, True)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures(tmp_path, checkpoint, reference, name):
     values = check(tmp_path, checkpoint, reference, name, 2, 2)

@@ -26,7 +26,8 @@ seconds = time.perf_counter() - began
 new = {name.split(".")[0] for name in set(sys.modules) - before[2]}
 print(json.dumps({
     "seconds": seconds, "env": dict(os.environ) == before[0], "threads": threading.active_count() - before[1],
-    "cuda": torch.cuda.is_initialized(), "heavy": sorted(new & {"sglang", "transformers", "ray", "zmq", "triton"}),
+    "cuda": torch.cuda.is_initialized(),
+    "heavy": sorted(new & {"sglang", "transformers", "ray", "verl", "zmq", "triton"}),
 }))
 """
 
