@@ -7,22 +7,7 @@ import signal
 import time
 from typing import Any
 
-import torch
 import torch.distributed as dist
-
-
-def world(context: Any) -> dict[str, Any]:
-    """Where this rank is, and what all of them sum up to."""
-    import ray
-
-    total = torch.tensor([context.rank + 1])
-    dist.all_reduce(total)
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-    return {
-        "total": int(total),
-        "node": ray.util.get_node_ip_address(),
-        "environment": [os.environ[name] for name in names],
-    }
 
 
 def fail(context: Any, rank: int, how: str) -> None:
