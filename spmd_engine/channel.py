@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,7 @@ class LinkAddress:
         host, port: where the hub listens.
         token: secret that a joining process must show.
         listener_fd: on the hub, the listening socket, already bound; -1 elsewhere.
+        trainers: process ids of the other ranks' trainers, by rank, as far as they are on the hub's node.
     """
 
     ranks: tuple[int, ...]
@@ -47,6 +49,7 @@ class LinkAddress:
     port: int
     token: str
     listener_fd: int = -1
+    trainers: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

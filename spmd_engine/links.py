@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import hmac
 import json
+import os
 import select
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from spmd_engine.channel import LinkAddress, spin
@@ -100,6 +102,41 @@ def _read(sock: socket.socket, size: int) -> bytes:
     return bytes(buffer)
 
 
+class _Lives:
+    """Watches processes while something else is waited for.
+
+    Args:
+        pids: by rank; those that cannot be watched are left out.
+    """
+
+    def __init__(self, pids: Mapping[int, int]) -> None:
+        self._ranks: dict[int, int] = {}
+        self._ended: int | None = None
+        for rank, pid in pids.items():
+            try:
+                self._ranks[os.pidfd_open(pid)] = rank
+            except ProcessLookupError:
+                self._ended = rank
+            except OSError:  # a kernel or a container without pidfd_open
+                pass
+
+    def __enter__(self) -> _Lives:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._ranks:
+            os.close(fd)
+
+    def wait(self, sock: socket.socket, timeout_s: float) -> int | None:
+        """Until `sock` can be read, a process has ended, or the time is over. The rank whose process has ended."""
+        if self._ended is not None:
+            return self._ended
+        poller = select.poll()
+        for fd in (sock.fileno(), *self._ranks):
+            poller.register(fd, select.POLLIN)
+        return next((self._ranks[fd] for fd, _ in poller.poll(timeout_s * 1000) if fd in self._ranks), None)
+
+
 class Links:
     """The links of one scheduler process to the others of `ranks`.
 
@@ -131,12 +168,17 @@ class Links:
 
     def _accept(self, address: LinkAddress, deadline: float, timeout_s: float) -> None:
         listener = socket.socket(fileno=address.listener_fd)
-        with listener:
+        with listener, _Lives(address.trainers) as trainers:
             while len(self.data) + len(self.alarms) < 2 * (len(self.ranks) - 1):
-                listener.settimeout(max(0.001, deadline - time.monotonic()))
+                ended = trainers.wait(listener, max(0.001, deadline - time.monotonic()))
+                if ended is not None:  # its scheduler process ends with it, and may not have got here
+                    raise PeerGone(ended)
+                listener.settimeout(0)
                 try:
                     sock, _ = listener.accept()
-                except TimeoutError:
+                except BlockingIOError:
+                    if time.monotonic() < deadline:
+                        continue
                     missing = [r for r in self.ranks[1:] if r not in self.data]
                     raise LinkTimeout(missing[0], timeout_s) from None
                 # A stranger that connects and says nothing must not hold up the members.

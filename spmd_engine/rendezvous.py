@@ -204,7 +204,7 @@ class Rendezvous:
     def meet(self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None]) -> Meeting:
         """Exchange notes and agree on a link address; on the hub the returned link holds the listening socket."""
         hub = self.rank == self.ranks[0]
-        posted = {**note, "node": node_identity(), "host": self.host}
+        posted = {**note, "node": node_identity(), "host": self.host, "pid": os.getpid()}
         listener = None
         if hub:
             listener = links.listen(self.host)
@@ -216,12 +216,15 @@ class Rendezvous:
                 listener.close()
             raise
         first = notes[0]
+        others = zip(self.ranks[1:], notes[1:], strict=True)
+        trainers = {rank: note["pid"] for rank, note in others if note["node"] == first["node"]}
         link = LinkAddress(
             ranks=self.ranks,
             host=first["host"],
             port=first["link"]["port"],
             token=first["link"]["token"],
             listener_fd=listener.detach() if listener is not None else -1,
+            trainers=trainers,
         )
         return Meeting(notes=notes, link=link)
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +45,21 @@ def test_exchange_is_an_all_gather_in_the_order_of_the_ranks(host):
 def test_one_rank_needs_no_socket():
     link = Links(4, LinkAddress((4,), "127.0.0.1", 1, "t", -1), timeout_s=1.0)
     assert link.exchange({"a": 1}, b"x", timeout_s=1.0) == [({"a": 1}, b"x")]
+
+
+def test_a_rank_whose_trainer_ends_before_it_joins_is_named_at_once():
+    for has_ended in (False, True):
+        trainer = subprocess.Popen(["sleep", "60"])
+        if has_ended:
+            trainer.kill()
+            trainer.wait()
+        hub = replace(address((0, 1))[0], trainers={1: trainer.pid})
+        with ThreadPoolExecutor(1) as pool:
+            made = pool.submit(Links, 0, hub, timeout_s=60.0)
+            trainer.kill()
+            with pytest.raises(PeerGone, match="rank 1"):
+                made.result(timeout=10.0)
+        trainer.wait()
 
 
 def test_a_rank_that_does_not_come_is_named():
