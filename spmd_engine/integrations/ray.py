@@ -167,9 +167,10 @@ class RankGroup:
         self._grace_s = grace_s
         self._closed = ""
         backend = backend or ("cpu:gloo,cuda:nccl" if placement.gpus_per_rank else "gloo")
-        self._actors = [self._start(rank, env or {}) for rank in range(placement.world_size)]
+        self._actors: list[Any] = []
         self._where = ["a process that did not start"] * placement.world_size
         try:
+            self._actors += [self._start(rank, env or {}) for rank in range(placement.world_size)]
             places = self._run("start", [actor.where.remote() for actor in self._actors], timeout_s)
             self._where = [f"{address}, pid {pid}" for address, pid in places]
             # Rank 0 binds a port before anyone hears of it: no other process can take it meanwhile.
