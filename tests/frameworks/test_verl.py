@@ -331,11 +331,9 @@ def test_what_it_does_not_do_is_said(monkeypatch, changes, message):
     from spmd_engine.integrations.verl import rollout
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    config, model = SimpleNamespace(**changes), SimpleNamespace(lora_rank=changes.get("lora_rank", 0))
+    config, model_config = SimpleNamespace(**changes), SimpleNamespace(lora_rank=changes.get("lora_rank", 0))
     with pytest.raises(ConfigError, match=message):
-        rollout._check(
-            config, SimpleNamespace(lora_rank=changes.get("lora_rank", 0)), None if not changes else object()
-        )
+        rollout._check(config, model_config, object() if changes else None)
 
 
 def test_requests_in_the_words_of_verl():

@@ -21,6 +21,7 @@ import torch
 cluster.need_verl("0.5")
 
 PROMPTS, GROUP, PROMPT_LEN, RESPONSE_LEN, STEPS = 16, 4, 8, 8, 5
+CONVERSATIONS = 16
 # What a user's command line says. Nothing of it but `external_lib` is about this package.
 COMMAND = [
     "data.max_prompt_length=8",
@@ -223,7 +224,7 @@ def test_conversations_with_a_tool(tmp_path, model, ray_nodes):
         f"actor_rollout_ref.rollout.multi_turn.tool_config_path={tmp_path}/tools.yaml",
         "+actor_rollout_ref.rollout.engine_kwargs.sglang.grammar_backend=llguidance",
     ]
-    batch = prompts_of(0)
+    batch = prompts_of(0)[:CONVERSATIONS]
     messages = [[{"role": "user", "content": f"What is {i} and {i}?"}] for i in range(len(batch))]
     batch.non_tensor_batch["raw_prompt"] = np.array([None, *messages], dtype=object)[1:]
     batch.non_tensor_batch["tools_kwargs"] = np.array([{"add": {}} for _ in messages], dtype=object)
