@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -44,13 +45,36 @@ def _held(pid: int, role: str) -> Held:
     return Held(role, pid, fields["Rss"], fields.get("Pss"), fields.get("Pss_Anon"))
 
 
-def busy_shares(roles: Mapping[int, str], seconds: float) -> dict[str, float]:
-    """Which share of one core each process uses over some seconds, by role and process id."""
-    before = {pid: cpu_s([pid]) for pid in roles}
+def busy_shares(roles: Mapping[int, str], seconds: float) -> dict[str, dict[str, float]]:
+    """Which share of one core each process uses over some seconds: "total", and by the names of threads that use any.
+
+    The keys of the result are roles and process ids.
+    """
+    before = {pid: _thread_cpu_s(pid) for pid in roles}
     began = time.monotonic()
     time.sleep(seconds)
     passed = time.monotonic() - began
-    return {f"{role} {pid}": (cpu_s([pid]) - before[pid]) / passed for pid, role in roles.items()}
+    found = {}
+    for pid, role in roles.items():
+        used: dict[str, float] = {"total": 0.0}
+        for thread, (name, seconds_now) in _thread_cpu_s(pid).items():
+            share = (seconds_now - before[pid].get(thread, ("", 0.0))[1]) / passed
+            if share:
+                used[name] = used.get(name, 0.0) + share
+                used["total"] += share
+        found[f"{role} {pid}"] = used
+    return found
+
+
+def _thread_cpu_s(pid: int) -> dict[int, tuple[str, float]]:
+    """Name and CPU seconds of each thread, by thread id."""
+    found = {}
+    for path in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            name, _, fields = (path / "stat").read_text().partition("(")[2].rpartition(")")
+            numbers = fields.split()
+            found[int(path.name)] = (name, (int(numbers[11]) + int(numbers[12])) * _TICKS_S)
+    return found
 
 
 def cpu_s(pids: Iterable[int]) -> float:

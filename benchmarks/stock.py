@@ -43,7 +43,9 @@ def stock_environment(*, on_cpu: bool, tp_size: int, scratch: Path) -> dict[str,
     made = child_environment(
         os.environ, on_cpu=on_cpu, tp_size=tp_size, nnodes=1, interface="lo", scratch=str(scratch), gpus=gpus
     )
-    del made["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"]  # stock SGLang broadcasts requests: leave that as it is
+    # Stock SGLang broadcasts requests, and binds its processes to NUMA nodes by numactl: leave that as it is.
+    for name in ("SGLANG_USE_MESSAGE_QUEUE_BROADCASTER", "SGLANG_NUMA_BIND_V2"):
+        made.pop(name, None)
     return made
 
 

@@ -30,6 +30,7 @@ from spmd_engine.shapes import model_directory
 ALONE, ALONE_TOKENS = 8, 32  # requests that run one at a time
 LEAST_KV_TOKENS = 8192
 CPU_PREFILL_TOKENS = 8192
+SETTLE_S = 1.0
 WRONG = 3  # exit status: the engines made different tokens
 
 Prompts = list[list[int]]
@@ -168,8 +169,10 @@ class Both:
             for name, lists in found.items()
         }
 
-    def idle(self) -> dict[str, dict[str, float]]:
-        """Which share of a core each process uses while nothing runs, on the first rank."""
+    def idle(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Which share of a core each process uses while nothing runs, on the first rank; see `busy_shares`."""
+        dist.barrier()
+        time.sleep(SETTLE_S)  # the last call has just returned
         found = {}
         if self._stock is not None:
             found[report.OURS] = busy_shares(self._roles, self._job.args.idle_s)

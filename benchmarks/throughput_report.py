@@ -81,8 +81,11 @@ def print_rest(result: Mapping[str, Any]) -> None:
             print(f"  {name + ' ' + one['role']:32}{_mib(one['rss'])}{_mib(one['pss'])}")
         print(f"{name + ' adds':34}{_mib(added_memory(memory, 'rss'))}{_mib(added_memory(memory, 'pss'))}")
     print("\nidle, share of a core")
-    for name, shares in result["idle"].items():
-        print(f"  {name}: " + ", ".join(f"{process} {share:.2%}" for process, share in shares.items()))
+    for name, processes in result["idle"].items():
+        for process, used in processes.items():
+            threads = sorted(((share, thread) for thread, share in used.items() if thread != "total"), reverse=True)
+            most = ", ".join(f"{thread} {share:.2%}" for share, thread in threads[:4])
+            print(f"  {name + ' ' + process:40}{used['total']:8.2%}   {most}")
     waiting = result["waiting"]
     if waiting is not None:
         print(

@@ -81,6 +81,8 @@ def child_environment(
         env.setdefault("NCCL_GRAPH_REGISTER", "0")
     if not on_cpu:
         env["CUDA_VISIBLE_DEVICES"] = gpus
+        # Where SGLang would start its processes with numactl, near their GPUs: let ours do the same by itself.
+        env["SGLANG_NUMA_BIND_V2"] = "false"
         cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
         if is_safe_cache(cache):  # compiled kernels are kept
             env.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)

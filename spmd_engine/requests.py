@@ -59,11 +59,12 @@ class GenerateOutput:
     """What a scheduler process returns for one `GenerateRequest`; log-probabilities as SGLang's flat lists.
 
     Attributes:
+        output_ids: the tokens; as an array they cross the channel, and are digested, in no time.
         weight_version: of the last token.
         token_versions: the weight version of each token, where they may differ.
     """
 
-    output_ids: list[int]
+    output_ids: list[int] | array[int]
     finish_reason: dict[str, Any]
     prompt_tokens: int
     completion_tokens: int
@@ -87,7 +88,7 @@ class Increment:
     """
 
     rid: str
-    output_ids: list[int]
+    output_ids: array[int]
     versions: list[int]
     logprobs: dict[str, list[Any]] | None
     finish_reason: dict[str, Any] | None
@@ -283,7 +284,7 @@ def format_outputs(
             meta["token_weight_versions"] = output.token_versions
         if output.logprobs is not None:
             meta.update(_logprobs(request, output.logprobs, tokenizer if return_text_in_logprobs else None))
-        result: dict[str, Any] = {"output_ids": output.output_ids, "meta_info": meta}
+        result: dict[str, Any] = {"output_ids": list(output.output_ids), "meta_info": meta}
         if texts is not None:
             result = {"text": texts[i], **result}
         results.append(result)
@@ -339,7 +340,7 @@ def _decode(requests: list[GenerateRequest], outputs: list[GenerateOutput], toke
         params = request.sampling_params
         matched = output.finish_reason.get("matched")
         keep_stop = bool(params.get("no_stop_trim", False))
-        ids = output.output_ids
+        ids = list(output.output_ids)
         if isinstance(matched, int) and ids and not keep_stop:
             ids = ids[:-1]
         options = _decoding_options(request)

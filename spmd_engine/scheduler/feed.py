@@ -15,7 +15,6 @@ import contextlib
 import select
 import socket
 import time
-from array import array
 from typing import Any, NoReturn
 
 from spmd_engine.channel import (
@@ -317,7 +316,7 @@ class Feed:
         """Answer a rollout once all ranks have finished it, so that none can leave while another still needs it."""
         self._enter(call, "commit")
         results = self.outputs.take()
-        tokens = digest([array("q", result.output_ids) for result in results])
+        tokens = digest([result.output_ids for result in results])
         frames = self._exchange(self._replica, {"tokens": tokens}, b"", call)
         if len({header["tokens"] for header, _ in frames}) > 1:
             error = ErrorReport("SchedulerError", self._different_tokens(call.summary), self._start.rank)

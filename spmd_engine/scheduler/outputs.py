@@ -16,7 +16,7 @@ _LOGPROB_FIELDS = tuple(no_logprobs())
 @dataclass
 class _Sequence:
     wants_logprobs: bool
-    output_ids: list[int] = field(default_factory=list)
+    output_ids: array[int] = field(default_factory=lambda: array("q"))
     logprobs: dict[str, list[Any]] = field(default_factory=no_logprobs)
     done: GenerateOutput | None = None
 
@@ -151,17 +151,17 @@ class Outputs:
         prompt_tokens: int,
         cached_tokens: int,
     ) -> Increment:
-        ids = list(map(int, ids))
+        packed = array("q", ids)
         versions = [served.versions[-1][1]] * len(ids)
         if served.versions[-1][0] > served.reported:  # some are of weights before the last ones
             for i, position in enumerate(range(served.reported, served.reported + len(ids))):
                 versions[i] = next(version for first, version in reversed(served.versions) if first <= position)
         served.reported += len(ids)
-        self._digest.update(rid.encode() + array("q", ids).tobytes())
+        self._digest.update(rid.encode() + packed.tobytes())
         if reason is not None:
             del self.served[rid]
         made = _plain(logprobs) if served.wants_logprobs else None
-        return Increment(rid, ids, versions, made, reason, prompt_tokens, cached_tokens)
+        return Increment(rid, packed, versions, made, reason, prompt_tokens, cached_tokens)
 
     def _add(self, sequence: _Sequence, output: Any, index: int) -> None:
         sequence.output_ids.extend(output.output_ids[index])
@@ -182,7 +182,7 @@ class Outputs:
         if sequence.done is None:
             self._left -= 1
         sequence.done = GenerateOutput(
-            output_ids=list(map(int, sequence.output_ids)),
+            output_ids=sequence.output_ids,
             finish_reason=dict(reason),
             prompt_tokens=int(prompt_tokens),
             completion_tokens=len(sequence.output_ids),

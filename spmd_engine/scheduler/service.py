@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from array import array
 from itertools import groupby
 from typing import Any
 
@@ -138,7 +139,7 @@ class Service:
             reason = {"type": "abort", "message": "aborted before it began"}
             for rid in gone:
                 del submit.requests[rid]
-                self._report([Increment(rid, [], [], None, reason, 0, 0)])
+                self._report([Increment(rid, array("q"), [], None, reason, 0, 0)])
         self._next_ticket.submits = [submit for submit in self._next_ticket.submits if submit.requests]
         self._later = [submit for submit in self._later if submit.requests]
         self._next_ticket.aborts += [rid for rid in rids if rid in self.outputs.served]

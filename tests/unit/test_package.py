@@ -93,6 +93,7 @@ def test_child_environment_on_cpu_asks_for_our_platform_by_name():
     assert made["SGLANG_PLATFORM"] == "spmd_engine" and made["CUDA_VISIBLE_DEVICES"] == ""
     assert len(made["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
     assert "SGLANG_PLATFORM" not in make({"SGLANG_PLATFORM": "spmd_engine"})
+    assert "SGLANG_NUMA_BIND_V2" not in made and make({})["SGLANG_NUMA_BIND_V2"] == "false"
 
 
 def test_child_environment_listens_on_one_interface():

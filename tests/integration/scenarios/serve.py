@@ -117,6 +117,10 @@ def forms(context: Any, path: str) -> dict[str, Any]:
             assert (await one)["meta_info"]["finish_reason"]["type"] == "abort"
             assert not other.done()
             other.cancel()
+            brief = asyncio.ensure_future(engine.async_generate(**long, request_id="brief"))
+            await asyncio.sleep(0)  # it has begun, and goes out in the next turn of the event loop, or before an abort
+            assert engine.abort("brief") == 1
+            assert (await brief)["meta_info"]["finish_reason"]["type"] == "abort"
             stream = await engine.async_generate(**long, stream=True)
             async for _ in stream:
                 break
