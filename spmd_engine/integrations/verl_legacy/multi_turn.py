@@ -89,7 +89,8 @@ class Conversations:
         if engine.is_leader:
             try:
                 if self._loop is None:
-                    self._loop = asyncio.new_event_loop()
+                    # Not the default, which Ray makes uvloop: 64 conversations were seen to hang there.
+                    self._loop = asyncio.SelectorEventLoop()
                 done = [self._batch(self._loop.run_until_complete(self._all(prompts, params, engine)))]
             except Exception as caught:  # the other ranks wait
                 error = _first(caught)
