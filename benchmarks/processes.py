@@ -73,8 +73,17 @@ def _thread_cpu_s(pid: int) -> dict[int, tuple[str, float]]:
         with contextlib.suppress(OSError):  # it has just ended
             name, _, fields = (path / "stat").read_text().partition("(")[2].rpartition(")")
             numbers = fields.split()
-            found[int(path.name)] = (name, (int(numbers[11]) + int(numbers[12])) * _TICKS_S)
+            found[int(path.name)] = (name, _exact_cpu_s(path, (int(numbers[11]) + int(numbers[12])) * _TICKS_S))
     return found
+
+
+def _exact_cpu_s(thread: Path, by_ticks: float) -> float:
+    """In nanoseconds if the kernel tells: a thread that wakes up often and briefly is a matter of luck in ticks."""
+    try:
+        nanoseconds = int((thread / "schedstat").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return by_ticks
+    return nanoseconds / 1e9 if nanoseconds else by_ticks
 
 
 def cpu_s(pids: Iterable[int]) -> float:
