@@ -95,13 +95,15 @@ class Caller:
             try:
                 self.before_send()
                 if notice is not None:
-                    self._process.send(notice)
+                    self._send(notice, kind)
                 try:
                     with tracing.span(prepare_span):
                         made, summary = prepare()
                     payload = as_payload(made)
                 except CollectiveTimeoutError as error:
                     self.fail(error)
+                except ChannelTimeout:
+                    self.fail(self._no_answer(kind, self.timeout_s))
                 except Exception as error:
                     # The other ranks may be waiting: tell them, so that all of them get an error now.
                     if self._dead is not None:
@@ -144,11 +146,17 @@ class Caller:
     def send(self, message: object) -> None:
         """Send a message that is no call, after those that wait for the next one."""
         self.before_send()
-        self._process.send(message)
+        self.send_now(message)
 
     def send_now(self, message: object) -> None:
         """Send a message that is no call."""
-        self._process.send(message)
+        self._send(message, "asynchronous requests")
+
+    def _send(self, message: object, phase: str) -> None:
+        try:
+            self._process.send(message)
+        except ChannelTimeout:
+            self.fail(self._no_answer(phase, self.timeout_s))
 
     def fileno(self) -> int:
         """Readable when something has come from the process."""
@@ -187,7 +195,7 @@ class Caller:
             return isinstance(message, Reply) and message.seq == call.seq
 
         with tracing.Spans() as spans:
-            self._process.send(call)
+            self._send(call, kind)
             reply: Reply = self.receive(hear, self.timeout_s + _REPLY_MARGIN_S, kind, spin_s=spin_s)
             return reply
 

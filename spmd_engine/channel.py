@@ -6,7 +6,6 @@ dataclasses below. Links between scheduler processes, which do cross a network, 
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import select
@@ -22,6 +21,8 @@ from spmd_engine.errors import ErrorReport
 
 PROTOCOL = 1
 _HEADER = struct.Struct("<Q")
+# Longest pause inside a message: it is written as fast as it is read.
+_REST_S = 60.0
 
 
 class ChannelClosed(Exception):
@@ -267,13 +268,16 @@ def spin(sock: socket.socket, seconds: float) -> bool:
 
 @dataclass
 class Channel:
-    """One end of the socket pair. `send` may be called from several threads, `recv` from one."""
+    """One end of the socket pair. `send` may be called from several threads, `recv` from one.
+
+    The socket does not block, and every wait is a poll: uvloop makes a socket that it watches non-blocking in any case.
+    """
 
     sock: socket.socket
     _send_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.sock.setblocking(True)
+        self.sock.setblocking(False)
         self._poller = select.poll()
         self._poller.register(self.sock, select.POLLIN)
 
@@ -288,30 +292,36 @@ class Channel:
         """Send one message before this process ends, if the other end takes it within some seconds.
 
         Raises:
-            ChannelClosed: it did not.
+            ChannelClosed, ChannelTimeout: it did not.
         """
         if not self._send_lock.acquire(timeout=timeout_s):
             raise ChannelClosed("another thread waits for the other end to read")
         self._send_lock.release()
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout_s), 0))
-        self.send(message)
+        self.send(message, timeout_s=timeout_s)
 
-    def send(self, message: object, fds: tuple[int, ...] = ()) -> None:
+    def send(self, message: object, fds: tuple[int, ...] = (), *, timeout_s: float | None = None) -> None:
         """Send one message, with open file descriptors if given.
 
+        Args:
+            timeout_s: seconds for the other end to take it, None for ever. After that, nothing can be sent any more.
+
         Raises:
-            ChannelClosed: the other end is gone.
+            ChannelTimeout: the other end did not read.
+            ChannelClosed: it is gone.
         """
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        frame = memoryview(b"M" + _HEADER.pack(len(data)) + data)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._send_lock:
-            try:
-                frame = b"M" + _HEADER.pack(len(data)) + data
-                if fds:
-                    sent = socket.send_fds(self.sock, [frame[:1]], list(fds))
-                    frame = frame[sent:]
-                self.sock.sendall(frame)
-            except (BrokenPipeError, ConnectionResetError, OSError) as error:
-                raise ChannelClosed(str(error)) from error
+            while frame:
+                try:
+                    sent = socket.send_fds(self.sock, [frame[:1]], list(fds)) if fds else self.sock.send(frame)
+                except BlockingIOError:
+                    self._poll(select.POLLOUT, deadline, f"the other end read nothing for {timeout_s} s")
+                except OSError as error:
+                    raise ChannelClosed(str(error)) from error
+                else:
+                    frame, fds = frame[sent:], ()
 
     def recv(
         self, timeout_s: float | None = None, watch_pidfd: int = -1, spin_s: float = 0.0
@@ -326,7 +336,7 @@ class Channel:
 
         Raises:
             ChannelTimeout: nothing arrived in time.
-            ChannelClosed: the other end is gone.
+            ChannelClosed: the other end is gone, or stopped inside a message.
         """
         if not spin(self.sock, spin_s):
             self._wait(timeout_s, watch_pidfd)
@@ -358,11 +368,25 @@ class Channel:
             if deadline is not None and time.monotonic() >= deadline:
                 raise ChannelTimeout(f"no message in {timeout_s} s")
 
+    def _poll(self, event: int, deadline: float | None, otherwise: str) -> None:
+        """Wait until the socket can go on. A peer that is gone counts as that: the next call on the socket says so."""
+        poller = select.poll()
+        poller.register(self.sock, event)
+        if not poller.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000):
+            raise ChannelTimeout(otherwise)
+
     def _read(self, size: int) -> bytes:
         buffer = bytearray(size)
         view = memoryview(buffer)
         while view:
-            count = self.sock.recv_into(view)
+            try:
+                count = self.sock.recv_into(view)
+            except BlockingIOError:
+                try:
+                    self._poll(select.POLLIN, time.monotonic() + _REST_S, "")
+                except ChannelTimeout:
+                    raise ChannelClosed(f"nothing came for {_REST_S:.0f} s inside a message") from None
+                continue
             if count == 0:
                 raise ChannelClosed("end of stream inside a message")
             view = view[count:]

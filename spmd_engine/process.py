@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from spmd_engine.channel import Channel, ChannelClosed, Shutdown, Start
+from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Shutdown, Start
 from spmd_engine.errors import ConfigError
 
 LOG_TAIL_BYTES = 4000
@@ -192,13 +192,17 @@ class SchedulerProcess:
             self._pidfd = -1
         self._owner_pid = os.getpid()
         self.channel = Channel(ours)
-        with contextlib.suppress(ChannelClosed):
-            self.channel.send(start)
+        self._timeout_s = start.timeout_s
+        self.send(start)
 
     def send(self, message: object, fds: tuple[int, ...] = ()) -> None:
-        """Send a message. A process that is gone is noticed by the next `recv`, which knows more."""
+        """Send a message. A process that is gone is noticed by the next `recv`, which knows more.
+
+        Raises:
+            ChannelTimeout: the process did not read for `timeout_s` seconds.
+        """
         with contextlib.suppress(ChannelClosed):
-            self.channel.send(message, fds)
+            self.channel.send(message, fds, timeout_s=self._timeout_s)
 
     def recv(self, *, timeout_s: float, spin_s: float = 0.0) -> Any:
         """The next message. Arguments as for `Channel.recv`.
@@ -238,7 +242,8 @@ class SchedulerProcess:
         if os.getpid() != self._owner_pid:  # a forked copy of the trainer must not end its parent's engine
             return
         if self._popen.poll() is None and grace_s > 0:
-            self.send(Shutdown())
+            with contextlib.suppress(ChannelClosed, ChannelTimeout):
+                self.channel.send(Shutdown(), timeout_s=grace_s)
             if self.wait(grace_s) is None:
                 self._popen.send_signal(signal.SIGTERM)
                 self.wait(1.0)

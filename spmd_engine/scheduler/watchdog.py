@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from spmd_engine.channel import Channel, ChannelClosed, Failed
+from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Failed
 from spmd_engine.errors import ErrorReport
 from spmd_engine.links import Links, is_cut_off, recv_frame
 
@@ -115,7 +115,7 @@ class Watchdog(threading.Thread):
         if forward:
             for links in self._links:
                 links.alarm({"kind": error.kind, "message": error.message, "rank": error.rank})
-        with contextlib.suppress(ChannelClosed):
+        with contextlib.suppress(ChannelClosed, ChannelTimeout):
             self._channel.send_last(Failed(error), timeout_s=2.0)
         print(f"[spmd_engine] rank {self.rank} ends: {error.kind}: {error.message}", file=sys.stderr, flush=True)
         os._exit(1)

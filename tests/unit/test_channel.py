@@ -63,7 +63,7 @@ def test_timeout_and_end_of_stream(pair):
 
 def test_half_a_message_is_an_error(pair):
     left, right = pair
-    left.sock.sendall(b"M" + b"\x10" + b"\0" * 7 + b"abc")
+    left.sock.send(b"M" + b"\x10" + b"\0" * 7 + b"abc")
     left.close()
     with pytest.raises(ChannelClosed, match="inside a message"):
         right.recv(1.0)
@@ -79,3 +79,26 @@ def test_a_dead_process_ends_the_wait_even_if_a_fork_of_it_keeps_the_socket(pair
     finally:
         process.wait()
         os.close(pidfd)
+
+
+def test_an_end_that_does_not_read_ends_the_wait_of_the_other(pair):
+    left, right = pair
+    began = time.monotonic()
+    with pytest.raises(ChannelTimeout, match="read nothing"):
+        left.send(Reply(1, value=bytes(10_000_000)), timeout_s=0.2)
+    assert time.monotonic() - began < 5
+    with pytest.raises(ChannelTimeout):
+        left.send_last(Reply(2), timeout_s=0.1)
+    left.close()
+    with pytest.raises(ChannelClosed, match="inside a message"):
+        right.recv(1.0)
+
+
+def test_an_event_loop_that_makes_the_socket_non_blocking_changes_nothing(pair):
+    left, right = pair
+    for channel in pair:
+        os.set_blocking(channel.fileno(), False)  # as uvloop does
+    sending = threading.Thread(target=left.send, args=(Reply(1, value=bytes(10_000_000)),))
+    sending.start()
+    assert right.recv(10.0)[0] == Reply(1, value=bytes(10_000_000))
+    sending.join()

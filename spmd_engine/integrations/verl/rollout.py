@@ -182,8 +182,7 @@ class SpmdRollout(BaseRollout):
         """Begin a request; `server.deliver` gets what comes of it. On the first rank."""
         if self._loop is None:
             # A loop of its own: that of verl's worker stands still while the worker trains.
-            # And not the default kind, which Ray makes uvloop: requests were seen to hang there.
-            self._loop = asyncio.SelectorEventLoop()
+            self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name="spmd-rollout", daemon=True).start()
         asyncio.run_coroutine_threadsafe(self._serve(ticket, request, server), self._loop)
 

@@ -89,8 +89,7 @@ class Conversations:
         if engine.is_leader:
             try:
                 if self._loop is None:
-                    # Not the default, which Ray makes uvloop: 64 conversations were seen to hang there.
-                    self._loop = asyncio.SelectorEventLoop()
+                    self._loop = asyncio.new_event_loop()
                 done = [self._batch(self._loop.run_until_complete(self._all(prompts, params, engine)))]
             except Exception as caught:  # the other ranks wait
                 error = _first(caught)

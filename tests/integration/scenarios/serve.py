@@ -14,6 +14,7 @@ from typing import Any
 import models
 import pytest
 import torch.distributed as dist
+import uvloop
 
 from integration.scenarios.common import GREEDY, PROMPTS, greedy, shard
 from spmd_engine import FunctionCall, errors
@@ -21,10 +22,11 @@ from spmd_engine import FunctionCall, errors
 TEXTS = ["ab ba", "a b", "abba ab", "b"]
 
 
-def leader(context: Any, engine: Any, program: Any) -> None:
+def leader(context: Any, engine: Any, program: Any, new_loop: Any = asyncio.new_event_loop) -> None:
     """Run a program on the leader; the other ranks do something of their own meanwhile, and call nothing."""
     if engine.is_leader:
-        asyncio.run(program(engine))
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(program(engine))
     dist.barrier()
 
 
@@ -375,7 +377,7 @@ def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
             await asyncio.gather(*(one(9, 30) for _ in range(4)), *(one(each, 8) for each in (1, 5, 3, 7, 2, 6, 4, 8)))
             assert [sorted(ended[at : at + 4]) for at in (0, 4, 8)] == [[9] * 4, [5, 6, 7, 8], [1, 2, 3, 4]]
 
-        leader(context, engine, program)
+        leader(context, engine, program, uvloop.new_event_loop)  # Ray sets it, for one
         greedy(engine)  # compares what all ranks have made
     return {}
 
