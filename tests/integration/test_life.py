@@ -49,6 +49,7 @@ def gone_within(pid: int, seconds: float) -> bool:
     return False
 
 
+@pytest.mark.one_version
 def test_kill_of_a_trainer_rank_takes_its_scheduler_process_along(tmp_path, checkpoint, leaves_nothing):
     run_job("life.kill_trainer", 2, tmp_path, path=checkpoint("qwen2", 1), expect_status=(0, -9))
     for rank in (0, 1):

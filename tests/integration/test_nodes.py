@@ -42,6 +42,7 @@ def check_update(values, expected, tp):
         assert arrived <= sum(value["staged_bytes"] for value in node) + 0.01 * model
 
 
+@pytest.mark.one_version
 def test_weights_from_the_other_node(tmp_path, checkpoint, reference, nodes):
     expected = reference("qwen2", 2, True, **HEADS)
     path = checkpoint("qwen2", 1, **HEADS)

@@ -27,6 +27,7 @@ def test_forms(tmp_path, with_tokenizer):
     run_job("serve.forms", 2, tmp_path, path=with_tokenizer)
 
 
+@pytest.mark.one_version
 def test_mixture_with_collective_calls(tmp_path, checkpoint):
     run_job("serve.mixed", 2, tmp_path, path=checkpoint("qwen2", 1))
 
