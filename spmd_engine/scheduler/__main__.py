@@ -69,11 +69,11 @@ def main() -> None:
 
 
 def _serve(start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> None:
-    from spmd_engine.scheduler import adapter
+    from spmd_engine.scheduler import starting
     from spmd_engine.scheduler.feed import Feed
 
     feed = Feed(start, channel, links, watchdog)
-    scheduler = adapter.make_scheduler(start, receiver=feed, sink=feed.outputs)
+    scheduler = starting.make_scheduler(start, receiver=feed, sink=feed.outputs)
     feed.attach(scheduler)
     # What SGLang has imported and built stays for good; traversing it would pause a rollout for half a second.
     gc.collect()

@@ -22,7 +22,7 @@ import torch
 from spmd_engine.channel import PROTOCOL, LinkAddress, Start
 from spmd_engine.errors import ConfigError, ErrorReport, SpmdEngineError
 from spmd_engine.layout import SourceLayout, Weight
-from spmd_engine.scheduler import adapter
+from spmd_engine.scheduler import starting
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.loading import check_all_used
 from spmd_engine.scheduler.recorder import DTYPE_NAMES, all_tensors
@@ -101,7 +101,7 @@ def _record_rank(rank: int) -> dict[str, Any]:
     """What one rank reads: in a process of its own."""
     question, conversion, weights = _shared
     try:
-        model = adapter.build_without_weights(_start(question, rank))
+        model = starting.build_without_weights(_start(question, rank))
         like = alike(weights, [(name, tuple(t.shape), str(t.dtype)) for name, t in all_tensors(model)])
         given = [weight for weight in weights if like.get(_stem(weight[0]), "") in ("", _stem(weight[0]))]
         left_out = {stem for stem, first in like.items() if stem != first}

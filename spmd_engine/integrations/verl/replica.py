@@ -45,7 +45,8 @@ class SpmdReplica(RolloutReplica):
             "max_concurrency": self.max_concurrency,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=facts[0]["node"], soft=False),
         }
-        server = ray.remote(SpmdServer).options(**options).remote(self.config, list(self.workers))
+        actor: Any = ray.remote(SpmdServer)  # what the decorator adds is not in its types
+        server = actor.options(**options).remote(self.config, list(self.workers))
         await server.ready.remote()
         self.servers = [server]
         self._server_handle = server
