@@ -60,7 +60,7 @@ class AsyncRequests:
         self._is_held = False
         # Requests that begin in the same turn of the event loop go out together: sooner, and into one batch of SGLang.
         self._outbox: list[Submit] = []
-        self._outbox_lock = threading.Lock()
+        self._outbox_lock = threading.RLock()  # a send that fails may end all requests
         # What has come, in the order in which it came: appended by whoever reads the channel, taken by the event loop.
         self._inbox: deque[object] = deque()
         caller.on_message = self._notice
@@ -171,7 +171,7 @@ class AsyncRequests:
 
     def stream(self, name: str, sequences: list[RunningSequence], *, with_text: bool) -> Stream:
         """What comes, as it comes."""
-        return Stream(self._parts(name, sequences, with_text), lambda: self._drop(name, sequences))
+        return Stream(self._parts(name, sequences, with_text), lambda: self._drop(name, sequences), self._loop)
 
     async def _parts(
         self, name: str, sequences: list[RunningSequence], with_text: bool
@@ -345,8 +345,13 @@ class AsyncRequests:
 class Stream:
     """What comes of a request, as it comes. To leave it, or to close it, ends the request."""
 
-    def __init__(self, parts: AsyncGenerator[dict[str, Any], None], drop: Callable[[], None]) -> None:
-        self._parts, self._drop = parts, drop
+    def __init__(
+        self,
+        parts: AsyncGenerator[dict[str, Any], None],
+        drop: Callable[[], None],
+        loop: asyncio.AbstractEventLoop | None,
+    ) -> None:
+        self._parts, self._drop, self._loop = parts, drop, loop
         self._has_begun = False
 
     def __aiter__(self) -> Stream:
@@ -359,9 +364,12 @@ class Stream:
     async def aclose(self) -> None:
         """End the request, if it has not ended."""
         await self._parts.aclose()
-        self.__del__()
-
-    def __del__(self) -> None:
         if not self._has_begun:  # else the generator does it
             self._has_begun = True
             self._drop()
+
+    def __del__(self) -> None:
+        # The collector comes at any place, in any thread, and maybe inside of a lock that this takes.
+        if not self._has_begun and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed
+                self._loop.call_soon_threadsafe(self._drop)

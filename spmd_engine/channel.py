@@ -6,6 +6,7 @@ dataclasses below. Links between scheduler processes, which do cross a network, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
@@ -288,22 +289,12 @@ class Channel:
         """Whether `recv` would not wait for a message to begin."""
         return bool(self._poller.poll(0))
 
-    def send_last(self, message: object, *, timeout_s: float) -> None:
-        """Send one message before this process ends, if the other end takes it within some seconds.
-
-        Raises:
-            ChannelClosed, ChannelTimeout: it did not.
-        """
-        if not self._send_lock.acquire(timeout=timeout_s):
-            raise ChannelClosed("another thread waits for the other end to read")
-        self._send_lock.release()
-        self.send(message, timeout_s=timeout_s)
-
     def send(self, message: object, fds: tuple[int, ...] = (), *, timeout_s: float | None = None) -> None:
         """Send one message, with open file descriptors if given.
 
         Args:
-            timeout_s: seconds for the other end to take it, None for ever. After that, nothing can be sent any more.
+            timeout_s: seconds for the other end to take it, None for ever. A message that was sent in part closes the
+                channel.
 
         Raises:
             ChannelTimeout: the other end did not read.
@@ -311,8 +302,11 @@ class Channel:
         """
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         frame = memoryview(b"M" + _HEADER.pack(len(data)) + data)
+        size = len(frame)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._send_lock:
+        if not self._send_lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            raise ChannelTimeout(f"another thread has waited {timeout_s} s for the other end to read")
+        try:
             while frame:
                 try:
                     sent = socket.send_fds(self.sock, [frame[:1]], list(fds)) if fds else self.sock.send(frame)
@@ -322,6 +316,12 @@ class Channel:
                     raise ChannelClosed(str(error)) from error
                 else:
                     frame, fds = frame[sent:], ()
+        except BaseException:
+            if 0 < len(frame) < size:
+                self._give_up()
+            raise
+        finally:
+            self._send_lock.release()
 
     def recv(
         self, timeout_s: float | None = None, watch_pidfd: int = -1, spin_s: float = 0.0
@@ -350,6 +350,9 @@ class Channel:
             data = self._read(size)
         except (ConnectionResetError, BrokenPipeError) as error:
             raise ChannelClosed(str(error)) from error
+        except BaseException:
+            self._give_up()  # the rest of a message must not be taken for the next one
+            raise
         return pickle.loads(data), tuple(fds)
 
     def _wait(self, timeout_s: float | None, watch_pidfd: int) -> None:
@@ -367,6 +370,11 @@ class Channel:
                 raise ChannelClosed("process ended")
             if deadline is not None and time.monotonic() >= deadline:
                 raise ChannelTimeout(f"no message in {timeout_s} s")
+
+    def _give_up(self) -> None:
+        """After half a message: both ends see the channel closed."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def _poll(self, event: int, deadline: float | None, otherwise: str) -> None:
         """Wait until the socket can go on. A peer that is gone counts as that: the next call on the socket says so."""

@@ -117,7 +117,7 @@ class _Lives:
                 self._ranks[os.pidfd_open(pid)] = rank
             except ProcessLookupError:
                 self._ended = rank
-            except OSError:  # a kernel or a container without pidfd_open
+            except (OSError, AttributeError):  # a kernel, a container or a Python without pidfd_open
                 pass
 
     def __enter__(self) -> _Lives:

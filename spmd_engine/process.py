@@ -188,7 +188,7 @@ class SchedulerProcess:
         self.pid = self._popen.pid
         try:
             self._pidfd = os.pidfd_open(self.pid)
-        except OSError:  # not offered by this kernel: a closed socket still tells
+        except (OSError, AttributeError):  # not offered by this kernel or Python: a closed socket still tells
             self._pidfd = -1
         self._owner_pid = os.getpid()
         self.channel = Channel(ours)

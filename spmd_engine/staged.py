@@ -211,9 +211,9 @@ class StagedTransfer:
                 unpacking.finish()
                 if verify:
                     wrong[0] += unpacking.compare()
-        finally:
+        finally:  # also after a failure: nobody may free a bucket that is being read
             wait()
-        self._synchronize()
+            self._synchronize()
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

@@ -266,6 +266,8 @@ class RankGroup:
         """What a rank returned, or how it failed."""
         try:
             outcome = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:  # the process lives: what it was given or returns cannot travel
+            return RankFailure(rank, error, self._where[rank], text=str(error))
         except ray.exceptions.RayError as error:
             return RankFailure(rank, error, self._where[rank], is_process_gone=True)
         if not isinstance(outcome, _Raised):
@@ -286,9 +288,11 @@ class RankGroup:
         """End the processes; their scheduler processes end with them."""
         if not self._closed:
             self._closed = why
-            for actor in self._actors:
-                ray.kill(actor)
-            self.placement.remove()
+            try:
+                for actor in self._actors:
+                    ray.kill(actor)
+            finally:
+                self.placement.remove()
 
     def __enter__(self) -> RankGroup:
         return self

@@ -47,7 +47,7 @@ class Watchdog(threading.Thread):
         self._wake_read, self._wake_write = os.pipe()
         try:
             self._trainer = os.pidfd_open(trainer_pid)
-        except OSError:
+        except (OSError, AttributeError):
             self._trainer = -1
         if os.getppid() != trainer_pid:
             os._exit(1)
@@ -116,7 +116,7 @@ class Watchdog(threading.Thread):
             for links in self._links:
                 links.alarm({"kind": error.kind, "message": error.message, "rank": error.rank})
         with contextlib.suppress(ChannelClosed, ChannelTimeout):
-            self._channel.send_last(Failed(error), timeout_s=2.0)
+            self._channel.send(Failed(error), timeout_s=2.0)
         print(f"[spmd_engine] rank {self.rank} ends: {error.kind}: {error.message}", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -22,7 +22,7 @@ LOST = failed(4, RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection close
 LATE = failed(5, errors.CollectiveTimeoutError("waited for rank 3"))
 
 
-@pytest.mark.parametrize("failures", itertools.permutations([OWN, KILLED, SCHEDULER, HEARSAY, LOST]))
+@pytest.mark.parametrize("failures", list(itertools.permutations([OWN, KILLED, SCHEDULER, HEARSAY, LOST])))
 def test_what_explains_the_others_comes_first_whenever_it_came(failures):
     order = [OWN, KILLED, SCHEDULER, HEARSAY, LOST]
     left = list(failures)

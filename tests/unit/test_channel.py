@@ -87,11 +87,28 @@ def test_an_end_that_does_not_read_ends_the_wait_of_the_other(pair):
     with pytest.raises(ChannelTimeout, match="read nothing"):
         left.send(Reply(1, value=bytes(10_000_000)), timeout_s=0.2)
     assert time.monotonic() - began < 5
-    with pytest.raises(ChannelTimeout):
-        left.send_last(Reply(2), timeout_s=0.1)
-    left.close()
+    with pytest.raises(ChannelClosed):  # half a message cannot be mended
+        left.send(Reply(2))
     with pytest.raises(ChannelClosed, match="inside a message"):
         right.recv(1.0)
+
+
+def test_a_thread_that_waits_does_not_hold_up_another_for_ever(pair):
+    left, right = pair
+
+    def send() -> None:
+        with pytest.raises(ChannelClosed):
+            left.send(Reply(1, value=bytes(10_000_000)))
+
+    waiting = threading.Thread(target=send)
+    waiting.start()
+    while not right.is_readable():
+        time.sleep(0.001)
+    with pytest.raises(ChannelTimeout, match="another thread"):
+        left.send(Reply(2), timeout_s=0.1)
+    right.close()
+    waiting.join(10.0)
+    assert not waiting.is_alive()
 
 
 def test_an_event_loop_that_makes_the_socket_non_blocking_changes_nothing(pair):

@@ -1,4 +1,4 @@
-"""`spmd-engine doctor` on this machine, and on one that lacks something. For GPUs see tests/gpu/test_doctor.py."""
+"""`spmd-engine doctor` on this machine, and on one that lacks something. For GPUs: tests/gpu."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LIVENESS_S = 5.0
+_MAX_CONCURRENCY = 1 << 20
 
 
 class SpmdReplica(RolloutReplica):
@@ -42,7 +43,8 @@ class SpmdReplica(RolloutReplica):
         options = {
             "name": name,
             "num_cpus": 0,
-            "max_concurrency": self.max_concurrency,
+            # `deliver` must get in however many requests wait, or they would wait for ever; the engine queues them.
+            "max_concurrency": max(self.max_concurrency, _MAX_CONCURRENCY),
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=facts[0]["node"], soft=False),
         }
         actor: Any = ray.remote(SpmdServer)  # what the decorator adds is not in its types
