@@ -36,14 +36,6 @@ _LEAVE_S = 20.0
 _GRACE_S = 20.0
 # Enough for the other ranks to say what they think of it, once the cause itself is known.
 _AFTERMATH_S = 3.0
-# What gloo and torch's store say on ranks that lose a peer: consequences, never causes.
-_LOST_PEER = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "DistNetworkError",
-    "DistStoreError",
-    "DistError",
-)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ def test_code_names_what_exists(text):
             try:
                 module = importlib.import_module(node.module)
             except ImportError as error:
+                if (error.name or "").startswith("spmd_engine"):
+                    raise  # the documentation names what does not exist
                 pytest.skip(f"not in this environment: {error}")
             assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("engine", "self.engine"):
