@@ -24,7 +24,6 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {"head_dim": 16}),
     # Tied embeddings and a vocabulary that TP 2 does not divide.
     "llama": ("LlamaConfig", {"tie_word_embeddings": True, "vocab_size": 321}),
     "qwen3_moe": ("Qwen3MoeConfig", {**MOE, "head_dim": 16, "decoder_sparse_step": 1, "norm_topk_prob": True}),

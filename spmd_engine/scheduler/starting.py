@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import difflib
+import gc
+import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -91,6 +94,40 @@ def _parallel_ranks(args: Any, tp_rank: int) -> dict[str, int]:
     }
 
 
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Without garbage collection: of what modules make nothing is garbage, and looking takes a third of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _join_sglang(args: Any, start: Start) -> dict[str, int | None]:
+    """Make this process the one of its rank, and return what Scheduler wants to know about that rank."""
+    from sglang.srt.managers import scheduler as module
+    from sglang.srt.runtime_context import publish
+
+    if "tp_rank" in inspect.signature(module.Scheduler.__init__).parameters:
+        ranks = {"tp_rank": start.tp_rank, "pp_rank": 0, "dp_rank": None, "gpu_id": start.gpu_id}
+        ranks.update(_parallel_ranks(args, start.tp_rank))
+        module.configure_scheduler_process(args, **ranks)
+        publish(args, role="scheduler")
+    else:
+        from sglang.srt.runtime_context import SpawnRanks, spawn_world_rank
+
+        ranks = {}
+        world_rank = spawn_world_rank(args, tp_rank=start.tp_rank, pp_rank=0)
+        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=start.gpu_id))
+        module.configure_scheduler_process(args, start.gpu_id)
+    # SGLang has just asked for PDEATHSIG. It would strike when the starting thread of the trainer ends, and before the
+    # watchdog could tell the peers why this process ends.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+    return ranks
+
+
 def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
     """SGLang's Scheduler for one TP rank, which takes requests from `receiver` and gives outputs to `sink`.
 
@@ -101,14 +138,16 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
     Raises:
         ConfigError: SGLang refuses the arguments or the model.
     """
-    from sglang.srt.managers import scheduler as module
-    from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.runtime_context import publish
-    from sglang.srt.server_args import PortArgs
+    with _importing():
+        from sglang.srt.managers import scheduler as module
+        from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.server_args import PortArgs
 
-    load_plugins()
-    args = make_server_args(start)
+        load_plugins()
+        args = make_server_args(start)
+        ranks = _join_sglang(args, start)
+        importlib.import_module("sglang.srt.models.registry")  # which imports every model there is
 
     class RankLocalScheduler(module.Scheduler):
         """SGLang's Scheduler with its two ends, input and output, connected to this process's own trainer rank."""
@@ -130,25 +169,10 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
     names = dict.fromkeys(inspect.signature(PortArgs).parameters, "")
     optional = {"tokenizer_worker_ipc_name": None, "decoupled_spec_ipc_config": None}
     ports = PortArgs(**{**names, **{k: v for k, v in optional.items() if k in names}, "nccl_port": start.store_port})
-    ranks = {"tp_rank": start.tp_rank, "pp_rank": 0, "dp_rank": None, "gpu_id": start.gpu_id}
-    by_publish = "tp_rank" not in inspect.signature(module.Scheduler.__init__).parameters
-    if by_publish:
-        from sglang.srt.runtime_context import SpawnRanks, spawn_world_rank
-
-        world_rank = spawn_world_rank(args, tp_rank=start.tp_rank, pp_rank=0)
-        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=start.gpu_id))
-        module.configure_scheduler_process(args, start.gpu_id)
-    else:
-        ranks.update(_parallel_ranks(args, start.tp_rank))
-        module.configure_scheduler_process(args, **ranks)
-        publish(args, role="scheduler")
-    # SGLang has just asked for PDEATHSIG. It would strike when the starting thread of the trainer ends, and before the
-    # watchdog could tell the peers why this process ends.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
     _check_heads(args, start)
     store = _serve_store(start)
     try:
-        scheduler = RankLocalScheduler(args, ports, **({} if by_publish else ranks))
+        scheduler = RankLocalScheduler(args, ports, **ranks)
         if start.on_cpu and start.server_args.get("enable_memory_saver"):
             _use_cpu_memory_saver(scheduler, keeps_weights=bool(start.server_args.get("enable_weights_cpu_backup")))
         del store  # the process group has it now

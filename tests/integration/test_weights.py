@@ -14,8 +14,7 @@ ONE_VERSION = pytest.mark.one_version
 LAYOUTS = [
     ("qwen2", 2, 2),
     ("qwen3_moe", 2, 2),
-    *(pytest.param(name, 2, 2, marks=ONE_VERSION) for name in ("qwen3", "llama")),
-    *(pytest.param(*at, marks=ONE_VERSION) for at in (("qwen2", 1, 2), ("qwen2", 2, 4), ("qwen3_moe", 2, 4))),
+    *(pytest.param(*at, marks=ONE_VERSION) for at in (("llama", 2, 2), ("qwen2", 1, 2), ("qwen2", 2, 4))),
 ]
 OTHERS = [
     *(pytest.param(name, marks=ONE_VERSION) for name in ("mixtral", "gemma", "phi3")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 PATIENCE_S = 5.0  # a peer may have been killed
+GARBAGE = 50_000  # objects, not 700: importing torch and transformers takes half as long again otherwise
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Context:
 
 def main() -> None:
     faulthandler.enable()
+    gc.set_threshold(GARBAGE)
     scenario, arguments, directory = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     module, function = scenario.split(".")
     run = getattr(importlib.import_module(f"integration.scenarios.{module}"), function)
