@@ -302,7 +302,9 @@ class Caller:
         return reports
 
     def fail(self, error: SpmdEngineError) -> NoReturn:
-        """End the process, and raise `error`, now and at every later call."""
+        """End the process, and raise `error`, now and at every later call; the first error if it has ended already."""
+        if self._dead is not None:
+            raise copy_of(self._dead)
         self._dead = error
         self.on_end(error)
         event = {"event": "failure", "rank": self._rank, "error": type(error).__name__}

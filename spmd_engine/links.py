@@ -22,6 +22,7 @@ from spmd_engine.channel import LinkAddress, spin
 _HEADER = struct.Struct("<II")
 _MAX_HEADER = 1 << 28
 _HELLO_LIMIT = 4096
+_HELLO_S = 5.0
 # A node that is cut off closes nothing. The kernel asks an idle peer after so long whether it is there, so often and so
 # many times (tcp(7)): 10 s until it counts as gone. It answers for a process that is busy or stopped, too.
 _KEEPALIVE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
@@ -83,18 +84,21 @@ def frame(header: dict[str, Any], blob: bytes = b"") -> bytes:
     return _HEADER.pack(len(text), len(blob)) + text + blob
 
 
-def recv_frame(sock: socket.socket, limit: int = _MAX_HEADER) -> Frame:
-    """Receive a frame, within the socket's timeout. EOFError at the end of the stream."""
-    text_size, blob_size = _HEADER.unpack(_read(sock, _HEADER.size))
+def recv_frame(sock: socket.socket, limit: int = _MAX_HEADER, deadline: float | None = None) -> Frame:
+    """Receive a frame, within the socket's timeout or until a deadline. EOFError at the end of the stream."""
+    text_size, blob_size = _HEADER.unpack(_read(sock, _HEADER.size, deadline))
     if text_size > limit or (limit != _MAX_HEADER and blob_size > limit):
         raise ValueError(f"frame of {text_size} + {blob_size} bytes is over the limit of {limit}")
-    return json.loads(_read(sock, text_size)) if text_size else {}, _read(sock, blob_size)
+    text = _read(sock, text_size, deadline)
+    return json.loads(text) if text else {}, _read(sock, blob_size, deadline)
 
 
-def _read(sock: socket.socket, size: int) -> bytes:
+def _read(sock: socket.socket, size: int, deadline: float | None) -> bytes:
     buffer = bytearray(size)
     view = memoryview(buffer)
     while view:
+        if deadline is not None:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
         count = sock.recv_into(view)
         if count == 0:
             raise EOFError
@@ -181,10 +185,10 @@ class Links:
                         continue
                     missing = [r for r in self.ranks[1:] if r not in self.data]
                     raise LinkTimeout(missing[0], timeout_s) from None
-                # A stranger that connects and says nothing must not hold up the members.
-                sock.settimeout(min(5.0, max(0.001, deadline - time.monotonic())))
+                # A stranger that connects and says nothing, or a byte now and then, must not hold up the members.
+                hello_by = min(deadline, time.monotonic() + _HELLO_S)
                 try:
-                    hello, _ = recv_frame(sock, limit=_HELLO_LIMIT)
+                    hello, _ = recv_frame(sock, limit=_HELLO_LIMIT, deadline=hello_by)
                     known = hmac.compare_digest(str(hello.get("token", "")), address.token)
                     rank, lane = int(hello.get("rank", -1)), hello.get("lane")
                 except (EOFError, OSError, ValueError, AttributeError, TypeError):

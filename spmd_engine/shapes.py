@@ -7,6 +7,7 @@ Qwen, meta-llama and deepseek-ai), without DeepSeek-V3's quantisation: its weigh
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def model_directory(model: str, root: Path) -> Path:
-    """A directory that SGLang can load with `load_format="dummy"`.
+    """A directory that SGLang can load with `load_format="dummy"`. Several processes may make the same one at once.
 
     Args:
         model: a name in `SHAPES`, or a path, which is returned as it is.
@@ -182,5 +183,7 @@ def model_directory(model: str, root: Path) -> Path:
     directory = root / model
     directory.mkdir(parents=True, exist_ok=True)
     common = {"bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "torch_dtype": "bfloat16"}
-    (directory / "config.json").write_text(json.dumps({**common, **SHAPES[model]}, indent=1))
+    written = directory / f"config.json.{os.getpid()}"
+    written.write_text(json.dumps({**common, **SHAPES[model]}, indent=1))
+    written.replace(directory / "config.json")
     return directory

@@ -134,11 +134,12 @@ class Startup:
             _check_agreement(self._ranks, meeting, refusal)
             here = [i for i, note in enumerate(meeting.notes) if note["node"] == node_identity()]
             gpus = visible_gpus([self._ranks[i] for i in here], [meeting.notes[i]["gpu"] for i in here])
+            scratch = shared_scratch(meeting.link.token)
             undo.pop_all()
         self.weight_version = max(note["version"] for note in meeting.notes)
         self._is_restart = any(note["is_restart"] for note in meeting.notes)
         assert log is not None
-        return self._spawn(meeting, gpus, log, -1 if store is None else store.detach())
+        return self._spawn(meeting, gpus, scratch, log, -1 if store is None else store.detach())
 
     def _check(self) -> None:
         """Check the arguments and fill in what follows from the mesh and the model's directory."""
@@ -167,12 +168,11 @@ class Startup:
         """Whether the engine computes on the CPU."""
         return bool(self._server_args.get("device", "cuda" if torch.cuda.device_count() else "cpu") == "cpu")
 
-    def _spawn(self, meeting: Meeting, gpus: str, log: IO[bytes], store_fd: int) -> SchedulerProcess:
+    def _spawn(self, meeting: Meeting, gpus: str, scratch: str, log: IO[bytes], store_fd: int) -> SchedulerProcess:
         tp_rank = self._ranks.index(self._rank)
         notes, on_cpu = meeting.notes, self.on_cpu
         nodes = [note["node"] for note in notes]
         host = str(notes[tp_rank]["host"])
-        scratch = shared_scratch(meeting.link.token)
         start = Start(
             protocol=PROTOCOL,
             rank=self._rank,

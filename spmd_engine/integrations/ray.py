@@ -31,7 +31,6 @@ from spmd_engine.errors import CollectiveTimeoutError, ConfigError, EngineClosed
 from spmd_engine.integrations.causes import RankFailure, as_error, first_cause
 
 _POLL_S = 1.0
-_LEAVE_S = 20.0
 # Longer than the engine takes to notice a node that is cut off, and to look for the cause.
 _GRACE_S = 20.0
 # Enough for the other ranks to say what they think of it, once the cause itself is known.
@@ -99,20 +98,29 @@ def place_ranks(
     bundle = {"CPU": cpus_per_rank * ranks_per_node, "GPU": gpus_per_rank * ranks_per_node}
     bundle = {name: count for name, count in bundle.items() if count}
     group = ray.util.placement_group([bundle] * nnodes, strategy="STRICT_SPREAD")
-    if not group.wait(timeout_s):
+    try:
+        deadline = time.monotonic() + timeout_s
+        while not group.wait(max(0.0, min(_POLL_S, deadline - time.monotonic()))):  # Ctrl-C waits for its return
+            if time.monotonic() > deadline:
+                raise ConfigError(_no_room(bundle, nnodes, timeout_s))
+        return Placement(group, _by_address(group), nnodes, ranks_per_node, gpus_per_rank, cpus_per_rank)
+    except BaseException:
         ray.util.remove_placement_group(group)
-        nodes = [
-            f"{node['NodeManagerAddress']}: CPU {node['Resources'].get('CPU', 0):g}, "
-            f"GPU {node['Resources'].get('GPU', 0):g}"
-            for node in ray.nodes()
-            if node["Alive"]
-        ]
-        raise ConfigError(
-            f"Ray found no room in {timeout_s:g} s for {bundle} on each of {nnodes} nodes. The cluster has "
-            f"{'; '.join(nodes)}, and free are {ray.available_resources()}: start more nodes, end other jobs, or "
-            "ask for less"
-        )
-    return Placement(group, _by_address(group), nnodes, ranks_per_node, gpus_per_rank, cpus_per_rank)
+        raise
+
+
+def _no_room(bundle: Mapping[str, float], nnodes: int, timeout_s: float) -> str:
+    nodes = [
+        f"{node['NodeManagerAddress']}: CPU {node['Resources'].get('CPU', 0):g}, "
+        f"GPU {node['Resources'].get('GPU', 0):g}"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return (
+        f"Ray found no room in {timeout_s:g} s for {bundle} on each of {nnodes} nodes. The cluster has "
+        f"{'; '.join(nodes)}, and free are {ray.available_resources()}: start more nodes, end other jobs, or "
+        "ask for less"
+    )
 
 
 def _by_address(group: Any) -> tuple[int, ...]:
@@ -270,11 +278,20 @@ class RankGroup:
             raised = RuntimeError(outcome.summary)
         return RankFailure(rank, raised, self._where[rank], text=outcome.text)
 
-    def shutdown(self) -> None:
-        """Call `shutdown()` of the workers that have it, end all processes and give their room back. Twice is fine."""
+    def shutdown(self, *, timeout_s: float = 300.0) -> None:
+        """Call `shutdown()` of the workers that have it, end all processes and give their room back. Twice is fine.
+
+        Args:
+            timeout_s: seconds that the workers' own `shutdown()` may take.
+
+        Raises:
+            RankFailedError, CollectiveTimeoutError: it failed, or took longer; the processes are ended all the same.
+        """
         if not self._closed:
-            ray.wait([actor.leave.remote() for actor in self._actors], num_returns=len(self._actors), timeout=_LEAVE_S)
-            self._end("shutdown was called")
+            try:
+                self._run("shutdown", [actor.leave.remote() for actor in self._actors], timeout_s)
+            finally:
+                self._end("shutdown was called")
 
     def _end(self, why: str) -> None:
         """End the processes; their scheduler processes end with them."""
@@ -384,10 +401,14 @@ class _Rank:
         except Exception as error:
             return _raised(error)
 
-    def leave(self) -> None:
+    def leave(self) -> _Raised | None:
         import torch.distributed as dist
 
-        if hasattr(self._worker, "shutdown"):
-            self._worker.shutdown()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            if hasattr(self._worker, "shutdown"):
+                self._worker.shutdown()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        except Exception as error:
+            return _raised(error)
+        return None

@@ -81,6 +81,9 @@ class Feed:
         """Called by SGLang at each turn of its event loop: what to begin now. Blocks while there is nothing to do."""
         if self._running is not None:
             if not self.outputs.complete:
+                # What comes takes its turn later, but is read now: the trainer's event loop must not wait for room.
+                while self._is_hub and self._channel.is_readable():
+                    self._take_message()
                 return []
             call, self._running = self._running, None
             self._finish(call)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +36,32 @@ class Worker:
     def refuse(self) -> None:
         raise ValueError(f"rank {dist.get_rank()} has bad input")
 
+    def shutdown(self) -> None:
+        if dist.get_rank() == 3:
+            raise RuntimeError("the last metrics could not be written")
+
     def hang(self, rank: int) -> None:
         if dist.get_rank() == rank:
             threading.Event().wait()
+
+
+@contextlib.contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """Ctrl-C in the middle."""
+    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def main() -> None:
     ray.init(log_to_driver=False)
     with pytest.raises(ConfigError, match=r"no room in 2 s for \{'CPU': 1\} on each of 3 nodes"):
         place_ranks(nnodes=3, ranks_per_node=1, timeout_s=2.0)
+    with pytest.raises(KeyboardInterrupt), interrupted_after(0.5):
+        place_ranks(nnodes=3, ranks_per_node=1, timeout_s=60.0)
     with pytest.raises(ConfigError, match="must be at least 1, got 2 and 0"):
         place_ranks(nnodes=2, ranks_per_node=0)
     ranks = RankGroup(Worker, placement=place_ranks(nnodes=2, ranks_per_node=2), timeout_s=120.0)
@@ -52,6 +72,11 @@ def main() -> None:
         ranks.call("refuse")
     assert sorted(failed.value.errors) == [0, 1, 2, 3] and isinstance(failed.value.__cause__, ValueError)
     assert ranks.call("world") == values
+
+    # They are ended, and it is said that one could not do what it wanted to do before.
+    with pytest.raises(RankFailedError, match="the last metrics could not be written"):
+        ranks.shutdown()
+    ranks = RankGroup(Worker, placement=place_ranks(nnodes=2, ranks_per_node=2), timeout_s=120.0)
 
     # One has not: it may wait for ever.
     began = time.monotonic()

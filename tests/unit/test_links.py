@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -11,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from spmd_engine import links as links_module
 from spmd_engine.channel import LinkAddress
 from spmd_engine.links import Interjection, Links, LinkTimeout, PeerGone, frame, listen, recv_frame
 
@@ -83,7 +85,8 @@ def test_a_member_that_never_joins_ends_the_start():
         Links(0, hub, timeout_s=0.2)
 
 
-def test_strangers_are_turned_away():
+def test_strangers_are_turned_away(monkeypatch):
+    monkeypatch.setattr(links_module, "_HELLO_S", 1.0)
     addresses = address((0, 1))
     hub: list[Links] = []
     thread = threading.Thread(target=lambda: hub.append(Links(0, addresses[0], timeout_s=20.0)))
@@ -98,6 +101,16 @@ def test_strangers_are_turned_away():
         stranger.sendall(struct.pack("<II", 1 << 31, 1 << 31))
         stranger.settimeout(10.0)
         assert stranger.recv(1) == b""
+    with socket.create_connection(target) as stranger:  # one that never comes to an end
+        stranger.sendall(struct.pack("<II", 1000, 0))
+        stranger.settimeout(0.3)
+        for _ in range(20):
+            stranger.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                assert stranger.recv(1) == b""
+                break
+        else:
+            pytest.fail("a stranger may hold up the members for long")
     member = Links(1, addresses[1], timeout_s=5.0)
     thread.join(10.0)
     assert hub and set(hub[0].data) == {1}

@@ -108,6 +108,9 @@ class SpmdServer:
             if self._watching is None or self._watching.done():
                 self._watching = asyncio.create_task(self._watch())
             output = await answer
+        except asyncio.CancelledError:
+            self._leader.__ray_call__.remote(on_rollout, "abort_request", request_id)
+            raise
         finally:
             self._waiting.pop(ticket, None)
         meta = output["meta_info"]

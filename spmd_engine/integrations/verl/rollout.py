@@ -170,6 +170,11 @@ class SpmdRollout(BaseRollout):
     async def _abort(self) -> None:
         self.engine.abort()
 
+    def abort_request(self, request_id: str) -> None:
+        """End a request that nobody waits for any more. On the first rank."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.engine.abort, request_id)
+
     def resume_generation(self) -> None:
         """Let requests go on. On the first rank."""
         self.engine.resume()

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from itertools import chain
 from typing import Any
@@ -278,7 +279,36 @@ def mixed(context: Any, path: str) -> dict[str, Any]:
         # Five rollouts, twice four continuations, and on the leader five times four requests.
         expected = 5 * len(PROMPTS) + 2 * 4 + (20 if engine.is_leader else 0)
         assert engine.stats().sequences == expected
+        check_flood(context, engine)
     return {}
+
+
+def check_flood(context: Any, engine: Any) -> None:
+    """More than fits into the channel is taken while a rollout runs: the event loop does not wait for that."""
+    over = threading.Event()
+
+    def rollout() -> None:
+        engine.generate(input_ids=PROMPTS, sampling_params={**GREEDY, "max_new_tokens": 200})
+        over.set()
+
+    async def flood() -> None:
+        running = asyncio.ensure_future(asyncio.to_thread(rollout))
+        await asyncio.sleep(0.3)
+        tasks = [
+            asyncio.ensure_future(engine.async_generate(input_ids=[7] * 200, sampling_params=GREEDY))
+            for _ in range(2000)
+        ]
+        while engine._requests._outbox or len(engine._requests._sequences) < len(tasks):
+            await asyncio.sleep(0)
+        assert not over.is_set()
+        assert engine.abort() == len(tasks)
+        results = await asyncio.gather(*tasks)
+        assert {one["meta_info"]["finish_reason"]["type"] for one in results} == {"abort"}
+        assert not any(one["output_ids"] for one in results)
+        await running
+
+    asyncio.run(flood()) if engine.is_leader else rollout()
+    dist.barrier()
 
 
 def check_versions(context: Any, engine: Any, results: list[Any], before: int, last: int | None = None) -> None:
