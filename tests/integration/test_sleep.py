@@ -16,12 +16,6 @@ def test_legal_and_illegal_orders(tmp_path, checkpoint):
 
 
 @pytest.mark.one_version
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2"])
-def test_other_architectures(tmp_path, checkpoint, name):
-    run_job("sleep.other_architectures", 2, tmp_path, name=name, path=checkpoint(name, 1))
-
-
-@pytest.mark.one_version
 def test_weights_with_a_backup(tmp_path, checkpoint):
     run_job("sleep.with_backup", 1, tmp_path, path=checkpoint("qwen2", 1))
 

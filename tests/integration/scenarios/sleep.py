@@ -215,21 +215,6 @@ def _sources_that_moved(sleeper: Sleeper) -> None:
         sleeper.check_serves()
 
 
-def other_architectures(context: Any, name: str, path: str) -> dict[str, Any]:
-    """What a model derives from its weights, or computes while it loads, is there again after the update."""
-    with context.engine(path, context.world, enable_memory_saver=True) as engine:
-        model = shard(models.make_model(name, seed=2), context.world)
-        engine.update_weights(model)
-        expected = engine.weight_checksums()
-        for _ in range(2):
-            engine.sleep()
-            engine.wake_up()
-            assert engine.weight_checksums() != expected
-            assert engine.update_weights(model, verify=True).wrong_elements == 0
-            assert engine.weight_checksums() == expected
-    return {}
-
-
 def with_backup(context: Any, path: str) -> dict[str, Any]:
     """Weights with a backup serve after a wake without an update."""
     with context.engine(path, context.world, enable_memory_saver=True, enable_weights_cpu_backup=True) as engine:

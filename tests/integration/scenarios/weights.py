@@ -39,8 +39,8 @@ def reference(context: Any, path: str, tp: int, generates: bool) -> dict[str, An
 
 
 def update(context: Any, name: str, path: str, tp: int, generates: bool, replicate: bool = False) -> dict[str, Any]:
-    """Start from other weights, move the sharded model in, and report like `reference`."""
-    with context.engine(path, tp) as engine:
+    """Start from other weights, move the sharded model in, sleep and wake, and report like `reference`."""
+    with context.engine(path, tp, enable_memory_saver=True) as engine:
         before = engine.weight_checksums()
         model = models.make_model(name, seed=2)
         if not replicate:
@@ -56,6 +56,12 @@ def update(context: Any, name: str, path: str, tp: int, generates: bool, replica
         assert second.weight_version == 2
         after = engine.weight_checksums()
         assert after.keys() == before.keys() and after != before
+        # What the model derives from its weights, or computes while it loads, is there again, too.
+        engine.sleep()
+        engine.wake_up()
+        assert engine.weight_checksums() != after
+        assert engine.update_weights(model, verify=True).wrong_elements == 0
+        assert engine.weight_checksums() == after
         tokens = greedy(engine) if generates else None
         return {
             "checksums": after,
