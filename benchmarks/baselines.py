@@ -19,7 +19,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 PROBE = "probe.write_digests"
+SETTLE_S = 30.0
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -123,6 +125,38 @@ class StockReplica:
             self._load([(str(target), MultiprocessingSerializer.serialize(token))], PROBE)
         dist.barrier(group=self._group)
         return [json.loads((target / f"{rank}.json").read_text()) for rank in range(len(self._ranks))]
+
+    # ---- memory and rollouts, as verl has them: the first rank asks the engine, the others wait ----
+
+    def settle(self) -> None:
+        """Wait until the schedulers have nothing left to do: one that is to release memory a turn too early ends."""
+        deadline = time.monotonic() + SETTLE_S
+        while self._engine is not None and not self._engine.flush_cache().success:
+            if time.monotonic() > deadline:
+                raise BaselineError(f"sglang.Engine was still at work after {SETTLE_S:.0f} s")
+        dist.barrier(group=self._group)
+
+    def release(self) -> None:
+        """Release weights, KV cache and CUDA graphs. Needs `enable_memory_saver=True` and a GPU."""
+        if self._engine is not None:
+            self._engine.release_memory_occupation()
+        dist.barrier(group=self._group)
+
+    def resume(self, tags: Sequence[str]) -> None:
+        """Take released memory again."""
+        if self._engine is not None:
+            self._engine.resume_memory_occupation(list(tags))
+        dist.barrier(group=self._group)
+
+    def generate(self, prompts: list[list[int]], sampling_params: Mapping[str, Any]) -> list[list[int]]:
+        """The tokens that the engine makes of each prompt, on all ranks."""
+        made: list[Any] = [None]
+        if self._engine is not None:
+            outputs = self._engine.generate(input_ids=prompts, sampling_params=dict(sampling_params))
+            made = [[list(output["output_ids"]) for output in outputs]]
+        dist.broadcast_object_list(made, src=self._ranks[0], group=self._group)
+        tokens: list[list[int]] = made[0]
+        return tokens
 
     def shutdown(self) -> None:
         """End the engine's processes. SGLang ends all children of this process."""

@@ -6,26 +6,22 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from datetime import timedelta
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import report
 import torch
 import torch.distributed as dist
 from baselines import BaselineError, StockReplica
+from job import Job, joined
 from launcher import given_ceilings
 from machine import PeakMemory, floor_s, header, resources
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainers import DTYPES, make_trainer, renew
 
 from spmd_engine import SpmdEngine, UpdateStats
-from spmd_engine.shapes import model_directory
 
 ONCE = {"record", "plan"}
 PROMPT_TOKENS = 16
@@ -34,53 +30,10 @@ BASELINE_WARMUP = 2
 WRONG = 3  # exit status: weights differ
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a rank knows about the run: arguments, device, a gloo group of all ranks, this replica's mesh, the model."""
-
-    args: argparse.Namespace
-    device: torch.device
-    control: dist.ProcessGroup
-    mesh: DeviceMesh
-    path: Path
-    scratch: Path
-    server_args: dict[str, Any]
-
-    def gather(self, mine: Any) -> list[Any]:
-        """What each rank passes, on all ranks."""
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine, group=self.control)
-        return found
-
-    def align(self) -> None:
-        """Let no rank go on before all are here and their devices are idle."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier(group=self.control)
-
-
 def run_rank(args: argparse.Namespace) -> int:
     """The whole benchmark on this rank; rank 0 prints and writes. Returns the exit status."""
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = timedelta(seconds=args.timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    mesh = init_device_mesh("cpu", (args.dp, args.tp), mesh_dim_names=("dp", "tp"))["tp"]
-    with tempfile.TemporaryDirectory(prefix="weight-sync-") as own:
-        shared = [own if dist.get_rank() == 0 else ""]
-        dist.broadcast_object_list(shared, group=control)
-        scratch = Path(shared[0])
-        if dist.get_rank() == 0:
-            model_directory(args.model, scratch)
-        dist.barrier(group=control)
-        path = model_directory(args.model, scratch)
-        job = Job(args, device, control, mesh, path, scratch, _server_args(args))
+    with joined(args, name="weight-sync", server_args=_server_args(args)) as job:
         result = _measure(job)
-        dist.barrier(group=control)
-    dist.destroy_process_group()
     unlike = [name for found in result["baselines"].values() for name in found["unlike_spmd_engine"] or ()]
     return WRONG if result["spmd_engine"]["wrong_elements"] or unlike else 0
 
@@ -142,7 +95,7 @@ def _measure_engine(job: Job, model: torch.nn.Module) -> tuple[dict[str, Any], d
         processes = {"trainer": pids[0], "scheduler": pids[1]}
         decoded = None if args.decode is None else [_decode_rate(job, engine)]
         job.align()
-        memory_before = PeakMemory(job.device, _watched(job, pids)).level()
+        memory_before = PeakMemory(job.device, job.watched(pids)).level()
         seconds = array("d")  # flat: what the benchmark keeps must not look like growth
         held = {}
         for index in range(args.warmup + args.iters):
@@ -233,7 +186,7 @@ def _largest(found: Sequence[dict[str, int]]) -> dict[str, int]:
 def _decode_rate(job: Job, engine: SpmdEngine) -> float:
     """Tokens a second of greedy decoding on this replica, the median of some calls after one that warms up."""
     sequences, tokens = job.args.decode
-    vocabulary = json.loads((job.path / "config.json").read_text())["vocab_size"]
+    vocabulary = job.vocabulary
     prompts = [
         [(index * PROMPT_TOKENS + position) * 7919 % vocabulary for position in range(PROMPT_TOKENS)]
         for index in range(sequences)
@@ -254,15 +207,9 @@ def _decode_rate(job: Job, engine: SpmdEngine) -> float:
 # ---- memory ----
 
 
-def _watched(job: Job, pids: list[int]) -> list[int]:
-    """The processes whose memory this rank samples on the CPU: all for rank 0, since they share one memory."""
-    every = [pid for of_rank in job.gather(pids) for pid in of_rank]
-    return every if dist.get_rank() == 0 else []
-
-
 def _peak(job: Job, pids: list[int], memory_before: int, update: Any) -> dict[str, int]:
     """Extra memory during one more update: over the level just before it, and over that before the first update."""
-    watched = _watched(job, pids)
+    watched = job.watched(pids)
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
     job.align()
@@ -306,7 +253,7 @@ def _measure_baseline(
 
     pids = [os.getpid(), *replica.pids]
     job.align()
-    memory_before = PeakMemory(job.device, _watched(job, pids)).level()
+    memory_before = PeakMemory(job.device, job.watched(pids)).level()
     renew(model, seed=4)
     update()
     old = replica.digests(exact=False)[tp_rank]

@@ -1,4 +1,4 @@
-"""`benchmarks/weight_sync.py` and `benchmarks/generate.py` as a user runs them, on the CPU."""
+"""`weight_sync.py`, `generate.py` and `rl_step.py` of the benchmarks as a user runs them, on the CPU."""
 
 from __future__ import annotations
 
@@ -82,3 +82,25 @@ def test_generating_against_stock_sglang(tmp_path):
     assert 0 < ours < theirs
     assert {"asleep", "in a call of the engine"} < found["waiting"]["ways"].keys()
     assert "ratio" in done.stdout and "sglang.Engine adds" in done.stdout
+
+
+def test_rl_steps_on_both_engines(tmp_path):
+    """From the same start both loops train the same weights, bit for bit, and so make the same tokens."""
+    numbers = tmp_path / "numbers.json"
+    arguments = ("--tp", "1", "--steps", "1", "--rollout", "2x4", "--prompt-tokens", "8", "--train-tokens", "2x16")
+    done = run(tmp_path, *arguments, "--json", str(numbers), script="rl_step.py")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(numbers.read_text())
+    ours, theirs = (found["engines"][name] for name in ("SpmdEngine", "sglang.Engine"))
+    assert len(set(ours["losses"])) == 3 and ours["losses"] == theirs["losses"]
+    assert found["rollouts"] == {"requests": 6, "differing": 0}
+    assert ours["wrong_elements"] == 0
+    without_sleep = {"train", "update_weights", "rollout"}
+    assert theirs["memory"].keys() == without_sleep
+    assert ours["memory"].keys() == {*without_sleep, "sleep", "wake weights", "wake KV cache"}
+    for engine in (ours, theirs):
+        (step,) = engine["steps_s"]
+        assert step.keys() == {*engine["memory"], "whole step"} == engine["phases_s"].keys()
+        assert min(step.values()) > 0 and step["whole step"] == pytest.approx(sum(step.values()) / 2)
+        assert all(level["peak_bytes"] >= level["after_bytes"] > 0 for level in engine["memory"].values())
+    assert "other tokens: 0 of 6 requests" in done.stdout
