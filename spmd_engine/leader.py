@@ -64,6 +64,12 @@ class LeaderCalls:
             SchedulerDiedError, SchedulerError, CollectiveTimeoutError, EngineClosedError: the engine is closed.
         """
         self._check_leader("async_generate")
+        if not (request_id is None or isinstance(request_id, str)):
+            raise InvalidRequestError(f"request_id must be a string, got {request_id!r}")
+        if not (priority is None or isinstance(priority, int)):
+            raise InvalidRequestError(f"priority must be an integer, got {priority!r}")
+        if not (timeout_s is None or (isinstance(timeout_s, (int, float)) and timeout_s > 0)):
+            raise InvalidRequestError(f"timeout_s must be a number of seconds above 0, got {timeout_s!r}")
         made, single = req.build_requests(prompt, sampling_params, tokenizer=self._tokenizer, **options)
         name, sequences = self._requests.start(
             [replace(request, priority=priority) for request in made],

@@ -7,6 +7,7 @@ import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, TypedDict
 
 from spmd_engine.errors import ConfigError, InvalidRequestError
@@ -164,6 +165,7 @@ def build_requests(
     top_logprobs_num: int | Sequence[int] | None = None,
     token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None = None,
     tokenizer: Any,
+    **unknown: Any,
 ) -> tuple[list[GenerateRequest], bool]:
     """Check and expand the arguments of `SpmdEngine.generate`.
 
@@ -173,6 +175,12 @@ def build_requests(
     Raises:
         InvalidRequestError: with what to do.
     """
+    if unknown:
+        why = "images, video and audio are not supported" if any(name.endswith("_data") for name in unknown) else ""
+        raise InvalidRequestError(
+            f"unknown arguments {', '.join(sorted(unknown))}: "
+            + (why or f"beside prompt and sampling_params there are {', '.join(GenerateOptions.__annotations__)}")
+        )
     ids, texts, single = _tokens(prompt, input_ids, tokenizer)
     count = len(ids)
     params = _per_prompt(sampling_params if sampling_params is not None else {}, count, "sampling_params", Mapping)
@@ -183,8 +191,8 @@ def build_requests(
     starts = _per_prompt(-1 if logprob_start_len is None else logprob_start_len, count, "logprob_start_len", int)
     tops = _per_prompt(0 if top_logprobs_num is None else top_logprobs_num, count, "top_logprobs_num", int)
     same: Any = token_ids_logprob
-    if token_ids_logprob is not None and len(token_ids_logprob) and isinstance(token_ids_logprob[0], int):
-        same = [token_ids_logprob] * count
+    if isinstance(same, (list, tuple)) and same and isinstance(same[0], int):
+        same = [same] * count
     tokens = _per_prompt(same, count, "token_ids_logprob", (list, tuple, type(None)))
     requests = [
         GenerateRequest(
@@ -212,14 +220,17 @@ def _tokens(prompt: Any, input_ids: Any, tokenizer: Any) -> tuple[list[array[int
                 "directory that holds a tokenizer (or tokenizer_path=)"
             )
         single = isinstance(prompt, str)
-        texts = [prompt] if single else list(prompt)
+        texts = [prompt] if single else list(prompt) if isinstance(prompt, (list, tuple)) else [None]
         if not texts:
             raise InvalidRequestError("prompt is an empty list")
         if not all(isinstance(text, str) for text in texts):
             raise InvalidRequestError(
                 "prompt must be a string or a list of strings; images and video are not supported"
             )
-        arrays = [array("q", ids) for ids in tokenizer(texts)["input_ids"]]
+        try:
+            arrays = [array("q", ids) for ids in tokenizer(texts)["input_ids"]]
+        except Exception as error:  # of whatever kind: half of a surrogate pair, for one, is a TypeError
+            raise InvalidRequestError(f"the tokenizer fails on a prompt: {type(error).__name__}: {error}") from error
         for text, ids in zip(texts, arrays, strict=True):
             if not ids:
                 raise InvalidRequestError(f"prompt {text!r} has no tokens: a prompt needs at least one")
@@ -232,7 +243,7 @@ def _tokens(prompt: Any, input_ids: Any, tokenizer: Any) -> tuple[list[array[int
     batch = [input_ids] if single else list(input_ids)
     try:
         arrays = [array("q", ids.tolist() if hasattr(ids, "tolist") else ids) for ids in batch]
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise InvalidRequestError(f"input_ids must hold integers: {error}") from None
     for i, ids in enumerate(arrays):
         if not ids:
@@ -268,7 +279,14 @@ def format_outputs(
     tokenizer: Any,
     return_text_in_logprobs: bool,
 ) -> list[dict[str, Any]]:
-    """SGLang's output dicts: `output_ids`, `meta_info` with the given `ids`, and `text` with a tokenizer."""
+    """SGLang's output dicts: `output_ids`, `meta_info` with the given `ids`, and `text` with a tokenizer.
+
+    Raises:
+        InvalidRequestError: SGLang has found out while it ran that a request is wrong: its regular expression, say.
+    """
+    for output in outputs:
+        if output.finish_reason.get("status_code") == HTTPStatus.BAD_REQUEST:
+            raise InvalidRequestError(f"SGLang refuses a request: {output.finish_reason.get('message')}")
     texts = _decode(requests, outputs, tokenizer) if tokenizer is not None else None
     results = []
     for i, (request, output) in enumerate(zip(requests, outputs, strict=True)):

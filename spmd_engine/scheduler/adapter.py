@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from spmd_engine.requests import FunctionCall, GenerateRequest
 
 # A larger tensor that a module keeps beside its parameters is one that it derives from them.
 _MAX_KEPT_BYTES = 1 << 20
+_MOST_BIAS = 1e30  # float32 has it still when it is divided by the lowest temperature
 
 
 def model_of(scheduler: Any) -> torch.nn.Module:
@@ -155,7 +157,7 @@ def make_request(request: GenerateRequest, rid: str, scheduler: Any, *, stream: 
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     known = set(SamplingParams.__struct_fields__)
-    for name in request.sampling_params:
+    for name in map(str, request.sampling_params):
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=3)
             raise InvalidRequestError(
@@ -165,7 +167,8 @@ def make_request(request: GenerateRequest, rid: str, scheduler: Any, *, stream: 
         params = SamplingParams(**request.sampling_params)
         params.normalize(scheduler.tokenizer)
         params.verify(scheduler.model_config.vocab_size)
-    except (ValueError, TypeError, AttributeError) as error:
+        params = _with_types(params)
+    except Exception as error:  # of whatever kind: a wrong regular expression has one of its own
         raise InvalidRequestError(f"invalid sampling parameters {request.sampling_params}: {error}") from error
     if scheduler.server_args.grammar_backend == "none" and any(
         getattr(params, name) is not None for name in ("json_schema", "regex", "ebnf", "structural_tag")
@@ -194,6 +197,23 @@ def make_request(request: GenerateRequest, rid: str, scheduler: Any, *, stream: 
     )
 
 
+def _with_types(params: Any) -> Any:
+    """Sampling parameters of the types that SGLang declares: what its sampler is given is not always looked at before.
+
+    Raises:
+        TypeError, ValueError, OverflowError: they are of others.
+    """
+    import msgspec
+
+    if params.logit_bias is not None:
+        params.logit_bias = {str(token): value for token, value in params.logit_bias.items()}
+    custom, params.custom_params = params.custom_params, None  # for the user's own logit processors
+    told = msgspec.msgpack.encode(params, enc_hook=lambda number: number.item())  # NumPy's or torch's
+    params = msgspec.msgpack.decode(told, type=type(params))
+    params.custom_params = custom
+    return params
+
+
 def _check_tokens(request: GenerateRequest, params: Any, scheduler: Any) -> None:
     """The checks that SGLang's tokenizer manager makes; without them the scheduler would index out of bounds."""
     vocab, context = int(scheduler.model_config.vocab_size), int(scheduler.model_config.context_len)
@@ -208,16 +228,34 @@ def _check_tokens(request: GenerateRequest, params: Any, scheduler: Any) -> None
         raise InvalidRequestError(
             f"{length} prompt tokens + max_new_tokens={params.max_new_tokens} exceed the context length of {context}"
         )
+    _check_values(params, vocab)
     low, high = min(request.input_ids), max(request.input_ids)
     if low < 0 or high >= vocab:
         raise InvalidRequestError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab}")
     if any(not 0 <= token < vocab for token in request.token_ids_logprob or ()):
         raise InvalidRequestError(f"token_ids_logprob {request.token_ids_logprob} is outside the vocabulary of {vocab}")
-    if request.top_logprobs_num < 0 or request.logprob_start_len < -1 or request.logprob_start_len > length:
+    if not 0 <= request.top_logprobs_num <= vocab or not -1 <= request.logprob_start_len <= length:
         raise InvalidRequestError(
-            f"top_logprobs_num={request.top_logprobs_num} must be at least 0 and logprob_start_len="
-            f"{request.logprob_start_len} between -1 and the prompt's length {length}"
+            f"top_logprobs_num={request.top_logprobs_num} must be between 0 and the vocabulary's {vocab}, and "
+            f"logprob_start_len={request.logprob_start_len} between -1 and the prompt's length {length}"
         )
+
+
+def _check_values(params: Any, vocab: int) -> None:
+    """What SGLang's own checks let through, though its sampler fails on it: on a GPU for all requests, and for good."""
+    if params.min_new_tokens and any(not 0 <= token < vocab for token in params.stop_token_ids or ()):
+        raise InvalidRequestError(
+            f"stop_token_ids {sorted(params.stop_token_ids)} with min_new_tokens must be in the vocabulary of {vocab}"
+        )
+    bias = list((params.logit_bias or {}).values())
+    if not all(abs(value) <= _MOST_BIAS or value == -math.inf for value in bias) or bias.count(-math.inf) >= vocab:
+        raise InvalidRequestError(
+            f"logit_bias must be between {-_MOST_BIAS:g} and {_MOST_BIAS:g}, or -inf to forbid a token, and leave one"
+        )
+    if params.sampling_seed is not None and not -(1 << 63) <= params.sampling_seed < 1 << 63:
+        raise InvalidRequestError(f"sampling_seed={params.sampling_seed} does not fit into 64 bits")
+    if params.top_k >= 1 << 31:
+        raise InvalidRequestError(f"top_k={params.top_k} does not fit into 32 bits; -1 is for all tokens")
 
 
 def parse_function_calls(text: str, tools: list[Any], parser: str, tokenizer: Any) -> tuple[str, list[FunctionCall]]:

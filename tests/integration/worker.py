@@ -30,14 +30,17 @@ class Context:
     world: int
     directory: Path
 
-    def mesh(self, tp: int) -> Any:
-        """The TP mesh of this rank's replica."""
+    def mesh(self, tp: int, *, strided: bool = False) -> Any:
+        """The TP mesh of this rank's replica: neighbours, or every so many ranks (0 and 2, 1 and 3)."""
+        if strided:
+            return init_device_mesh("cpu", (tp, self.world // tp), mesh_dim_names=("tp", "dp"))["tp"]
         return init_device_mesh("cpu", (self.world // tp, tp), mesh_dim_names=("dp", "tp"))["tp"]
 
-    def engine(self, path: str, tp: int, **kwargs: Any) -> Any:
+    def engine(self, path: str, tp: int, *, strided: bool = False, **kwargs: Any) -> Any:
         from spmd_engine import SpmdEngine
 
-        return SpmdEngine(path, device_mesh_cpu=self.mesh(tp), **{"timeout_s": 90.0, "random_seed": 7, **kwargs})
+        mesh = self.mesh(tp, strided=strided)
+        return SpmdEngine(path, device_mesh_cpu=mesh, **{"timeout_s": 90.0, "random_seed": 7, **kwargs})
 
 
 def main() -> None:

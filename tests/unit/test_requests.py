@@ -3,6 +3,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import replace
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from spmd_engine.channel import Submit
 from spmd_engine.digest import digest
 from spmd_engine.errors import InvalidRequestError
-from spmd_engine.requests import GenerateOutput, TextStream, build_requests, format_outputs
+from spmd_engine.requests import GenerateOutput, TextStream, build_requests, format_outputs, load_tokenizer
 from spmd_engine.scheduler.tickets import Ticket
 
 
@@ -166,3 +167,24 @@ def test_streamed_text_keeps_back_what_may_become_a_stop_string():
     parts = [stream.add(list(part.encode())) for part in ("one E", "N", "G two E", "N")]
     assert parts == ["one ", "", "ENG two ", ""]
     assert stream.finish("one ENG two ") == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": None, "input_ids": [1 << 70]}, "must hold integers"),
+        ({"prompt": 5, "tokenizer": str}, "must be a string or a list"),
+        ({"prompt": None, "input_ids": [1], "token_ids_logprob": 5}, "token_ids_logprob: got 5"),
+        ({"image_data": "a.png"}, "images, video and audio are not supported"),
+        ({"sampling_parameters": {}}, "unknown arguments sampling_parameters: beside prompt and sampling_params"),
+    ],
+)
+def test_arguments_of_wrong_types_are_refused(arguments, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        build(**arguments)
+
+
+def test_what_the_tokenizer_cannot_take_is_refused(tmp_path):
+    models.save_tokenizer(tmp_path)
+    with pytest.raises(InvalidRequestError, match="the tokenizer fails on a prompt: TypeError"):
+        build(prompt="\ud800", tokenizer=load_tokenizer(str(tmp_path), {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -78,6 +79,30 @@ def generate(context: Any, path: str) -> dict[str, Any]:
         }
 
 
+# Without a check of ours, SGLang's scheduler would end on any of these.
+WRONG_PARAMS: list[dict[str, Any]] = [
+    {"min_new_tokens": 2, "stop_token_ids": [320]},
+    {"min_new_tokens": 2, "stop_token_ids": [-1]},
+    {"stop_token_ids": ["x"]},
+    {"logit_bias": {"5": math.nan}},
+    {"logit_bias": {"5": math.inf}},
+    {"logit_bias": {"5": "much"}},
+    {"logit_bias": {"5": 1e38}, "temperature": 0.01},
+    {"logit_bias": {str(token): -math.inf for token in range(320)}},
+    {"sampling_seed": 1 << 63},
+    {"sampling_seed": "one"},
+    {"top_k": 1 << 40},
+    {"top_k": 1.5},
+    {"temperature": "hot"},
+    {"temperature": math.nan},
+    {"min_new_tokens": 1.5},
+    {"max_new_tokens": "4"},
+    {"stop_regex": "("},
+    {"json_schema": {"type": "object"}},
+    {1: 2},
+]
+
+
 def bad_requests(context: Any, path: str) -> dict[str, Any]:
     """Wrong calls raise the same typed error on every rank and leave the engine alive."""
     with context.engine(path, context.world) as engine:
@@ -103,6 +128,10 @@ def bad_requests(context: Any, path: str) -> dict[str, Any]:
         refused(invalid, "n must be an integer", input_ids=[1], sampling_params={"n": 0})
         refused(invalid, "stop=.* is unavailable", input_ids=[1], sampling_params={"stop": "x"})
         refused(invalid, "grammar backend", input_ids=[1], sampling_params={"regex": "a+"})
+        for params in WRONG_PARAMS:
+            refused(invalid, "", input_ids=[1, 2], sampling_params={"max_new_tokens": 4, **params})
+        for number in (-1, 321):
+            refused(invalid, "top_logprobs_num", input_ids=[1], return_logprob=True, top_logprobs_num=number)
         for call in (engine.sleep, engine.wake_up, lambda: engine.release_memory_occupation(["kv_cache"])):
             with pytest.raises(errors.MemoryOccupationError, match="enable_memory_saver=True"):
                 call()

@@ -56,6 +56,8 @@ def forms(context: Any, path: str) -> dict[str, Any]:
         assert constrained[str(constraints[0])].strip("abc") == ""
         assert constrained[str(constraints[1])].startswith("{")
         assert constrained[str(constraints[2])] in ("x", "yz")
+        with pytest.raises(errors.InvalidRequestError, match="Failed to compile regex grammar"):
+            engine.generate(prompt=TEXTS[0], sampling_params={"regex": "("})
 
         async def program(engine: Any) -> None:
             same = await asyncio.gather(*(engine.async_generate(prompt=text, **wanted) for text in TEXTS * 5))
@@ -99,6 +101,11 @@ def forms(context: Any, path: str) -> dict[str, Any]:
                 {"input_ids": [1], "priority": 3},
                 {"input_ids": [1], "sampling_params": {"logit_bias": {"1": object()}}},
                 {"input_ids": [1], "prompt": "a"},
+                {"input_ids": [1], "priority": "high"},
+                {"input_ids": [1], "timeout_s": "long"},
+                {"input_ids": [1], "timeout_s": 0},
+                {"input_ids": [1], "request_id": 5},
+                {"input_ids": [1], "sampling_params": {"regex": "("}},
             ):
                 with pytest.raises(errors.InvalidRequestError):
                     await engine.async_generate(**arguments)

@@ -38,9 +38,11 @@ def reference(context: Any, path: str, tp: int, generates: bool) -> dict[str, An
         return {"checksums": engine.weight_checksums(), "tokens": greedy(engine) if generates else None}
 
 
-def update(context: Any, name: str, path: str, tp: int, generates: bool, replicate: bool = False) -> dict[str, Any]:
+def update(
+    context: Any, name: str, path: str, tp: int, generates: bool, replicate: bool = False, strided: bool = False
+) -> dict[str, Any]:
     """Start from other weights, move the sharded model in, sleep and wake, and report like `reference`."""
-    with context.engine(path, tp, enable_memory_saver=True) as engine:
+    with context.engine(path, tp, strided=strided, enable_memory_saver=True) as engine:
         before = engine.weight_checksums()
         model = models.make_model(name, seed=2)
         if not replicate:
@@ -64,6 +66,7 @@ def update(context: Any, name: str, path: str, tp: int, generates: bool, replica
         assert engine.weight_checksums() == after
         tokens = greedy(engine) if generates else None
         return {
+            "tp_rank": engine.tp_rank,
             "checksums": after,
             "tokens": tokens,
             "local": first.local_bytes,
