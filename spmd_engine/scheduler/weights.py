@@ -401,15 +401,23 @@ class WeightsKeeper:
         return device_s, wrong
 
     def attempt(self, action: Callable[[], object]) -> Failure:
-        """Run `action`; its failure as [kind, message], for all ranks to hear before any of them raises."""
+        """Run `action`; its failure as [kind, message], for all ranks to hear before any of them raises.
+
+        Raises:
+            torch.AcceleratorError: the GPU is lost to this process, as after a kernel that failed: another one must
+                take its place.
+        """
+        failure: Failure = None
         try:
             action()
         except SpmdEngineError as error:
-            return [type(error).__name__, str(error)]
+            failure = [type(error).__name__, str(error)]
         except Exception as error:
             logger.exception("weight update failed")
-            return ["TransferError", f"rank {self._rank}: {type(error).__name__}: {error}"]
-        return None
+            failure = ["TransferError", f"rank {self._rank}: {type(error).__name__}: {error}"]
+        if failure is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return failure
 
     def _finish(self, frames: list[Frame], ranks: tuple[int, ...], tried: int) -> None:
         try:

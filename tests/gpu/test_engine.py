@@ -120,3 +120,14 @@ def test_sleep_and_wake(tmp_path: Path, tp: int, pausable_graphs: bool) -> None:
 def test_sources_that_change_and_sources_that_are_refused(tmp_path: Path) -> None:
     path = models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE)
     run_ranks(tmp_path, "sources", 1, path=str(path))
+
+
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=two_gpus)])
+def test_a_gpu_that_is_lost_to_its_process(tmp_path: Path, tp: int) -> None:
+    path = models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE)
+    run_ranks(tmp_path, "lost_gpu", tp, path=str(path))
+
+
+def test_no_memory_to_compute_in(tmp_path: Path) -> None:
+    path = models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE)
+    run_ranks(tmp_path, "out_of_memory", 1, path=str(path))

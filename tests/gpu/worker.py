@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,58 @@ def sleep(path: str, tp: int) -> None:
         assert greedy(engine) == tokens and engine.weight_checksums() == checksums
 
 
-SCENARIOS: dict[str, Any] = {"update": update, "sources": sources, "sleep": sleep}
+def lost_gpu(path: str) -> None:
+    """A kernel of a loader fails, for good: the process ends and says so, and another one takes its place."""
+    tests = str(Path(__file__).parents[1])
+    os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "integration.checked_models"
+    os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    with make_engine(path, dist.get_world_size()) as engine:
+        model = models.make_model("qwen2", seed=2, **SHAPE).cuda()
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        assert engine.update_weights(weights, verify=True).wrong_elements == 0
+        tokens, checksums = greedy(engine), engine.weight_checksums()
+        norm = weights["model.norm.weight"]
+        for _ in range(2):
+            began = time.monotonic()
+            broken = torch.full_like(norm, 777.0) if dist.get_rank() == dist.get_world_size() - 1 else norm
+            with pytest.raises(errors.SpmdEngineError, match="CUDA error") as failed:
+                engine.update_weights({**weights, "model.norm.weight": broken})
+            assert time.monotonic() - began < 20.0
+            print(f"rank {dist.get_rank()}: {type(failed.value).__name__}: {str(failed.value)[:300]}")
+            with pytest.raises(type(failed.value), match="CUDA error"):
+                greedy(engine)
+            engine.restart()
+            assert engine.update_weights(weights, verify=True).wrong_elements == 0
+            assert greedy(engine) == tokens and engine.weight_checksums() == checksums
+
+
+def out_of_memory(path: str) -> None:
+    """The trainer has left SGLang no memory to compute in: the call fails, and serves again after a restart."""
+    with make_engine(path, 1, mem_fraction_static=0.3) as engine:
+        model = models.make_model("qwen2", seed=2, **SHAPE).cuda()
+        engine.update_weights(model)
+        tokens = greedy(engine)
+        hogs = []
+        for size in (1 << 30, 64 << 20, 2 << 20):
+            while free_bytes() > 2 * size:
+                hogs.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        wide = {"input_ids": [[7] * 200] * 32, "sampling_params": GREEDY}
+        with pytest.raises(errors.SchedulerError, match=r"[Oo]ut of memory"):
+            engine.generate(**wide, return_logprob=True, logprob_start_len=0, top_logprobs_num=5)
+        hogs.clear()
+        torch.cuda.empty_cache()
+        engine.restart()
+        engine.update_weights(model)
+        assert greedy(engine) == tokens and len(engine.generate(**wide)) == 32
+
+
+SCENARIOS: dict[str, Any] = {
+    "update": update,
+    "sources": sources,
+    "sleep": sleep,
+    "lost_gpu": lost_gpu,
+    "out_of_memory": out_of_memory,
+}
 
 
 def main() -> None:
