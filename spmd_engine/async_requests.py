@@ -87,7 +87,7 @@ class AsyncRequests:
         if request_id is not None and request_id in self._names:
             raise InvalidRequestError(f"request_id {request_id!r} runs already: give each request an id of its own")
         self._count += 1
-        name = request_id if request_id is not None else f"request-{self._count}"
+        name = request_id if request_id is not None else self._free_name()
         news: asyncio.Queue[RunningSequence] = asyncio.Queue()
         made = [RunningSequence(f"{self._count}.{i};", i, one, news, streams=stream) for i, one in enumerate(requests)]
         if not self._sequences:
@@ -99,6 +99,11 @@ class AsyncRequests:
         if timeout_s is not None:
             self._timers[name] = loop.call_later(timeout_s, self.abort, name, f"timed out after {timeout_s:g} s")
         return name, made
+
+    def _free_name(self) -> str:
+        while (name := f"request-{self._count}") in self._names:  # a name that the caller has given
+            self._count += 1
+        return name
 
     async def parse(self, text: str, tools: list[Any], parser: str) -> tuple[str, list[FunctionCall]]:
         """What a parser of SGLang's finds in a text.

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -50,7 +50,9 @@ class Caller:
         self.seq = 0
         self.timeout_s = timeout_s
         self._rank, self._process, self._rendezvous = rank, process, rendezvous
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of whoever reads the channel: a call, or `poll`
+        self._calls = 0  # that run, or wait for one that does
+        self._count_lock = threading.Lock()
         self._dead: SpmdEngineError | None = None
         self._owner_pid = os.getpid()
         self.on_message: Callable[[object], None] = lambda message: None
@@ -82,10 +84,10 @@ class Caller:
             spin_s: seconds to wait for the reply without going to sleep.
         """
         self.check_alive()
-        overlapped = not self._lock.acquire(blocking=False)
-        if overlapped and not self._lock.acquire(timeout=self.timeout_s):
-            raise CollectiveTimeoutError(f"rank {self._rank}: another call ran for over {self.timeout_s:.0f} s")
         with contextlib.ExitStack() as stack:
+            overlapped = stack.enter_context(self._counted()) > 1
+            if not self._lock.acquire(timeout=self.timeout_s):
+                raise CollectiveTimeoutError(f"rank {self._rank}: another call ran for over {self.timeout_s:.0f} s")
             stack.callback(self._lock.release)
             self.check_alive()
             stack.enter_context(tracing.span(kind))
@@ -130,6 +132,18 @@ class Caller:
             if refusal is not None:
                 raise refusal
             return made, reply.value
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[int]:
+        """How many calls there are with this one."""
+        with self._count_lock:
+            self._calls += 1
+            count = self._calls
+        try:
+            yield count
+        finally:
+            with self._count_lock:
+                self._calls -= 1
 
     def await_ready(self) -> Ready:
         """Wait until the scheduler process serves."""

@@ -184,7 +184,8 @@ def build_requests(
     ids, texts, single = _tokens(prompt, input_ids, tokenizer)
     count = len(ids)
     params = _per_prompt(sampling_params if sampling_params is not None else {}, count, "sampling_params", Mapping)
-    counts = [_sample_count(p) for p in params]
+    plain = [{str(name): _plain(value, str(name)) for name, value in p.items()} for p in params]
+    counts = [_sample_count(p) for p in plain]
     if len(set(counts)) > 1:
         raise InvalidRequestError(f"all prompts of one call need the same n, got {sorted(set(counts))}")
     wanted = _per_prompt(return_logprob, count, "return_logprob", bool)
@@ -194,11 +195,13 @@ def build_requests(
     if isinstance(same, (list, tuple)) and same and isinstance(same[0], int):
         same = [same] * count
     tokens = _per_prompt(same, count, "token_ids_logprob", (list, tuple, type(None)))
+    if not all(isinstance(token, int) for wanted_tokens in tokens for token in wanted_tokens or ()):
+        raise InvalidRequestError(f"token_ids_logprob must hold integers, got {token_ids_logprob!r}")
     requests = [
         GenerateRequest(
             input_ids=ids[i],
             text=texts[i],
-            sampling_params={**params[i], "n": 1},
+            sampling_params={**plain[i], "n": 1},
             return_logprob=wanted[i],
             logprob_start_len=starts[i],
             top_logprobs_num=tops[i],
@@ -261,6 +264,22 @@ def _per_prompt(value: Any, count: int, name: str, kind: Any) -> list[Any]:
         if not isinstance(item, kind):
             raise InvalidRequestError(f"{name}: got {item!r} of type {type(item).__name__}")
     return values
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A sampling parameter as values that any process can read: no class of the trainer's own, no code."""
+    if hasattr(value, "tolist"):  # NumPy's and torch's
+        value = value.tolist()
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, name) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item, name) for item in value]
+    raise InvalidRequestError(f"sampling parameter {name} must be of plain values, got {type(value).__name__}")
 
 
 def _sample_count(params: Mapping[str, Any]) -> int:

@@ -31,6 +31,8 @@ _OWN_ARGS = {
     "nnodes", "node_rank", "dist_init_addr", "nccl_port", "host", "port", "base_gpu_id", "gpu_id_step",
     "tokenizer_worker_num",
 }  # fmt: skip
+_MAX_S = 2_000_000  # poll(2) counts milliseconds in 32 bits
+_REFUSAL_S = 60.0
 _ONLY_ONE = ("dp_size", "pp_size")
 
 
@@ -96,7 +98,10 @@ class Startup:
         self.rendezvous = Rendezvous(ranks, rank, "engine")
         self.tokenizer: Any = None
         self._model_path, self._server_args = model_path, dict(server_args)
-        self._ranks, self._rank, self._timeout_s = ranks, rank, timeout_s
+        self._ranks, self._rank = ranks, rank
+        self._given_timeout = timeout_s
+        # Also if it is refused: the other ranks must hear of that.
+        self._timeout_s = timeout_s if _is_timeout(timeout_s) else _REFUSAL_S
         self.weight_version, self._is_restart = weight_version, is_restart
         self._preload = ""
 
@@ -146,6 +151,8 @@ class Startup:
         looks_local = self._model_path.startswith((".", "/", "~")) or self._model_path.count("/") > 1
         if looks_local and not os.path.exists(self._model_path):
             raise ConfigError(f"model path {self._model_path!r} does not exist on this host")
+        if not _is_timeout(self._given_timeout):
+            raise ConfigError(f"timeout_s must be above 0 and at most {_MAX_S} seconds, got {self._given_timeout!r}")
         args, tp_size = self._server_args, len(self._ranks)
         for name in sorted(_OWN_ARGS & args.keys()):
             raise ConfigError(f"{name}= is set by SpmdEngine from the device mesh; leave it out")
@@ -232,6 +239,10 @@ def _check_agreement(ranks: tuple[int, ...], meeting: Meeting, refusal: ConfigEr
             f"only by the loopback address {meeting.link.host}: set MASTER_ADDR to an address that all nodes can "
             "reach, not to a name that /etc/hosts gives a loopback address"
         )
+
+
+def _is_timeout(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value <= _MAX_S
 
 
 def _close_listener(link: LinkAddress) -> None:

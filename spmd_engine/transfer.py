@@ -6,6 +6,7 @@ as often as wanted (`start`, `finish`). The device of the engine's parameters de
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from spmd_engine.errors import PlanError, TransferError
 from spmd_engine.fd_passing import PassingError
 from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.plan import TransferPlan
+
+logger = logging.getLogger(__name__)
 
 _MAX_THREADS = 16
 _NATIVE_ERRORS = (_native.NativeError, _native.TableError)
@@ -93,6 +96,18 @@ def unreachable(
     return [r for r, memory in memories.items() if nodes[r] != nodes[rank] or (memory.is_cpu and is_gpu)]
 
 
+def _wrong(found: _native.CompareResult, plan: TransferPlan, rank: int) -> int:
+    """How many elements differ; the log of the scheduler process says where the first of them is."""
+    if found.first is not None:
+        row, element = found.first
+        logger.error(
+            "rank %d: %d elements differ, the first of them element %d of row %d of the copy table, which is a part of "
+            "weight %d of the source, from the shard of rank %d",
+            rank, found.wrong_elements, element, row, plan.weight[row], plan.rank[row],
+        )  # fmt: skip
+    return found.wrong_elements
+
+
 class CpuTransfer:
     """Reads the memory of other processes with `process_vm_readv`."""
 
@@ -125,7 +140,8 @@ class CpuTransfer:
     def compare(self) -> int:
         assert self._table is not None
         try:
-            return _native.compare_cpu(self._table, pids=self._pids, threads=self._threads).wrong_elements
+            found = _native.compare_cpu(self._table, pids=self._pids, threads=self._threads)
+            return _wrong(found, self._plan, self._rank)
         except _NATIVE_ERRORS as error:
             raise self._failure(error) from error
 
@@ -206,7 +222,8 @@ class CudaTransfer:
     def compare(self) -> int:
         assert self._table is not None
         try:
-            return self._table.compare(stream=torch.cuda.current_stream(self._device).cuda_stream).wrong_elements
+            found = self._table.compare(stream=torch.cuda.current_stream(self._device).cuda_stream)
+            return _wrong(found, self._plan, self._rank)
         except _NATIVE_ERRORS as error:
             raise self._failure(error) from error
 

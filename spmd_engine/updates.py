@@ -171,9 +171,11 @@ class WeightUpdates:
         note = {"refusal": None if refusal is None else f"{type(refusal).__name__}: {refusal}"}
         meeting = Rendezvous(ranks, self._rank, "update").meet(note, timeout_s=self._timeout_s, watch=watch)
         fd = meeting.link.listener_fd
-        self._process.send(meeting.link, fds=(fd,) if fd >= 0 else ())
-        if fd >= 0:
-            os.close(fd)
+        try:
+            self._process.send(meeting.link, fds=(fd,) if fd >= 0 else ())
+        finally:
+            if fd >= 0:
+                os.close(fd)
         self._linked.add(ranks)
         for rank, note in zip(ranks, meeting.notes, strict=True):
             if note["refusal"] and refusal is None:

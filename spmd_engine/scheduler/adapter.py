@@ -205,11 +205,8 @@ def _with_types(params: Any) -> Any:
     """
     import msgspec
 
-    if params.logit_bias is not None:
-        params.logit_bias = {str(token): value for token, value in params.logit_bias.items()}
     custom, params.custom_params = params.custom_params, None  # for the user's own logit processors
-    told = msgspec.msgpack.encode(params, enc_hook=lambda number: number.item())  # NumPy's or torch's
-    params = msgspec.msgpack.decode(told, type=type(params))
+    params = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
     params.custom_params = custom
     return params
 

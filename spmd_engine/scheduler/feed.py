@@ -219,7 +219,6 @@ class Feed:
         began = time.monotonic()
         wide = tuple(call.payload["ranks"]) if call.kind in _WIDE and call.payload else ()
         agreement = {
-            "seq": call.seq,
             "kind": call.kind,
             "digest": call.digest,
             "summary": call.summary,
@@ -232,7 +231,7 @@ class Feed:
         frames = self._exchange(self._replica, {**agreement, **news}, places, call)
         error = verdict(self._replica, frames)
         if len({header["tokens"] for header, _ in frames}) > 1:
-            error = ErrorReport("SchedulerError", self._different_tokens("requests that ran"), self._start.rank)
+            self._diverged("requests that ran")
         wide = max((tuple(header["wide"]) for header, _ in frames), key=len)  # a refusing rank may not know its peers
         if wide and wide != self._replica and wide in self._links:
             # The other replicas are on their way into the same update: they must hear of an error here.
@@ -287,11 +286,13 @@ class Feed:
             return EngineBusyError("requests are paused: call resume() before generate")
         return self._memory.refusal(call.kind, call.payload)
 
-    def _different_tokens(self, what: str) -> str:
-        return (
+    def _diverged(self, what: str) -> NoReturn:
+        """End the engine: prefix caches that differ would let the ranks' collectives wait for one another."""
+        message = (
             f"the TP ranks {list(self._replica)} generated different tokens in {what}; "
             "set SYNC_TOKEN_IDS_ACROSS_TP=1 if the hardware is not deterministic"
         )
+        self._watchdog.die(ErrorReport("SchedulerError", message, self._start.rank))
 
     def _generate(self, call: Call) -> Any:
         requests = call.payload
@@ -322,10 +323,8 @@ class Feed:
         tokens = digest([result.output_ids for result in results])
         frames = self._exchange(self._replica, {"tokens": tokens}, b"", call)
         if len({header["tokens"] for header, _ in frames}) > 1:
-            error = ErrorReport("SchedulerError", self._different_tokens(call.summary), self._start.rank)
-            self._reply(call, error=error)
-        else:
-            self._reply(call, value=results)
+            self._diverged(call.summary)
+        self._reply(call, value=results)
 
     def _enter(self, call: Call, phase: str) -> None:
         if call.is_traced:

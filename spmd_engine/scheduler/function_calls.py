@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spmd_engine.channel import ParseCalls, Parsed, Refused
-from spmd_engine.errors import ErrorReport, InvalidRequestError
+from spmd_engine.errors import ErrorReport, SpmdEngineError
 from spmd_engine.scheduler import adapter
 
 
@@ -38,6 +38,6 @@ class FunctionCallFinder:
             try:
                 text, calls = adapter.parse_function_calls(message.text, message.tools, message.parser, tokenizer)
                 self._report(Parsed(message.rid, text, calls))
-            except InvalidRequestError as error:
-                report = ErrorReport(type(error).__name__, str(error), self._rank)
-                self._report(Refused((message.rid,), report))
+            except Exception as error:  # of whatever kind: the next texts wait for this thread
+                kind = type(error).__name__ if isinstance(error, SpmdEngineError) else "SchedulerError"
+                self._report(Refused((message.rid,), ErrorReport(kind, str(error), self._rank)))

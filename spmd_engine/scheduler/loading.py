@@ -84,6 +84,12 @@ def _cover(model: torch.nn.Module, recording: Recording, covers: Callable[[str],
     missing: list[str] = []
     seen: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dtype not in DTYPE_NAMES and (name in touching or name in recording.fallback_parameters):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise PlanError(
+                f"{name} of the engine is {dtype}: weights would have to be quantised on the way, which they are not; "
+                "start the engine without quantization"
+            )
         if parameter.dtype not in DTYPE_NAMES or not parameter.numel() or parameter.data_ptr() in seen:
             continue
         seen.add(parameter.data_ptr())

@@ -9,6 +9,7 @@ import contextlib
 import queue
 import threading
 from array import array
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
@@ -132,8 +133,9 @@ class Service:
         elif running == "pause" and not self.is_paused and not self._next_ticket.pause:
             self._next_ticket.pause = self._wants_resume = bool(self.outputs.served or waiting)
 
-    def _abort(self, rids: tuple[str, ...]) -> None:
+    def _abort(self, aborted: Iterable[str]) -> None:
         """End requests, those that have not begun included."""
+        rids = dict.fromkeys(aborted)
         for submit in [*self._next_ticket.submits, *self._later]:
             gone = [rid for rid in submit.requests if rid in rids]
             reason = {"type": "abort", "message": "aborted before it began"}

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Failed
 from spmd_engine.errors import ErrorReport
@@ -108,7 +109,7 @@ class Watchdog(threading.Thread):
         message = f"the trainer process of rank {self.rank} (pid {self._trainer_pid}) ended"
         self.die(ErrorReport("SchedulerDiedError", message, self.rank))
 
-    def die(self, error: ErrorReport, *, forward: bool = True) -> None:
+    def die(self, error: ErrorReport, *, forward: bool = True) -> NoReturn:
         """Report `error` to the trainer rank and, unless it came from there, to the peers; then end this process."""
         if not self._dying.acquire(blocking=False):
             threading.Event().wait()  # another thread is reporting an earlier failure

@@ -17,7 +17,7 @@ def main() -> None:
         device="cpu",
         attention_backend="torch_native",
         sampling_backend="pytorch",
-        grammar_backend="none",
+        grammar_backend="llguidance",
         max_total_tokens=65536,
         random_seed=7,
         log_level="warning",

@@ -12,6 +12,8 @@ from spmd_engine import _native, coverage
 from spmd_engine.errors import PlanError
 from spmd_engine.layout import SourceLayout, Weight
 from spmd_engine.plan import build_plan
+from spmd_engine.scheduler.conversion import Conversion
+from spmd_engine.scheduler.loading import recorded
 from spmd_engine.scheduler.recorder import DTYPE_NAMES, Recorder
 
 
@@ -173,6 +175,13 @@ def test_a_weight_that_the_loader_skips_is_not_used():
         Toy((4,), lambda p, n, w: p.data.copy_(w) if n == "a" else None), {"a": randn(4), "b": randn(4)}
     )
     assert recording.used() == {"a"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_quantised_parameter_is_refused_by_name(dtype):
+    layout = SourceLayout((Weight("a", (4, 4), "bfloat16"),), ())
+    with pytest.raises(PlanError, match=r"p of the engine is (float8_e4m3fn|int8): weights would have to be quantised"):
+        recorded(Toy((4, 4), lambda p, n, w: p.data.copy_(w), dtype), layout, Conversion(None))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import enum
 from array import array
 from dataclasses import replace
 
@@ -175,6 +176,9 @@ def test_streamed_text_keeps_back_what_may_become_a_stop_string():
         ({"prompt": None, "input_ids": [1 << 70]}, "must hold integers"),
         ({"prompt": 5, "tokenizer": str}, "must be a string or a list"),
         ({"prompt": None, "input_ids": [1], "token_ids_logprob": 5}, "token_ids_logprob: got 5"),
+        ({"prompt": None, "input_ids": [1], "token_ids_logprob": [["a"]]}, "token_ids_logprob must hold integers"),
+        ({"prompt": None, "input_ids": [1], "token_ids_logprob": [3, None]}, "token_ids_logprob"),
+        ({"input_ids": [1], "sampling_params": {"custom_params": {"f": len}}}, "custom_params must be of plain values"),
         ({"image_data": "a.png"}, "images, video and audio are not supported"),
         ({"sampling_parameters": {}}, "unknown arguments sampling_parameters: beside prompt and sampling_params"),
     ],
@@ -188,3 +192,14 @@ def test_what_the_tokenizer_cannot_take_is_refused(tmp_path):
     models.save_tokenizer(tmp_path)
     with pytest.raises(InvalidRequestError, match="the tokenizer fails on a prompt: TypeError"):
         build(prompt="\ud800", tokenizer=load_tokenizer(str(tmp_path), {}))
+
+
+def test_sampling_parameters_become_plain_values():
+    class Level(enum.IntEnum):
+        LOW = 3
+
+    params = {"top_k": Level.LOW, "temperature": np.float32(0.5), "stop_token_ids": {7}, "custom_params": {1: (True,)}}
+    (request,), _ = build(input_ids=[1], sampling_params=params)
+    expected = {"top_k": 3, "temperature": 0.5, "stop_token_ids": [7], "custom_params": {"1": [True]}, "n": 1}
+    assert request.sampling_params == expected
+    assert [type(value) for value in request.sampling_params.values()] == [int, float, list, dict, int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import resource
@@ -166,6 +167,27 @@ def loader_raises(context: Any, path: str) -> None:
         assert not engine.update_weights(weights, verify=True).planned
         assert engine.weight_version == 2
         assert greedy(engine) == tokens and engine.weight_checksums() == checksums
+        check_different_tokens(engine, weights, tokens)
+
+
+def check_different_tokens(engine: Any, weights: dict[str, torch.Tensor], tokens: Any) -> None:
+    """Ranks that do not agree about a token end the engine: the next collective of theirs might never end."""
+
+    async def beside() -> None:
+        await engine.async_generate(input_ids=[5, 319], sampling_params=GREEDY)
+
+    for collective in (True, False):
+        with pytest.raises(errors.SchedulerError, match=r"TP ranks \[0, 1\] generated different tokens"):
+            if collective:
+                engine.generate(input_ids=[5, 319], sampling_params=GREEDY)
+            elif engine.is_leader:  # it is found out at the next collective call
+                asyncio.run(beside())
+            engine.flush_cache()
+        with pytest.raises(errors.SchedulerError, match="generated different tokens"):
+            greedy(engine)
+        engine.restart()
+        engine.update_weights(weights)
+        assert greedy(engine) == tokens
 
 
 # ---- neighbours ----

@@ -176,7 +176,7 @@ def overlapping(context: Any, path: str) -> dict[str, Any]:
 
 def text(context: Any, path: str) -> list[dict[str, Any]]:
     """Text in and out, on one rank; compared with `sglang.Engine` by the test."""
-    with context.engine(path, context.world) as engine:
+    with context.engine(path, context.world, grammar_backend="llguidance") as engine:
         return text_outputs(engine)
 
 
@@ -192,6 +192,9 @@ TEXT_CALLS: list[dict[str, Any]] = [
     },
     {"prompt": None, "sampling_params": {**GREEDY, "max_new_tokens": 40, "stop": None}},
     {"prompt": None, "sampling_params": {**GREEDY, "max_new_tokens": 40, "stop": None, "no_stop_trim": True}},
+    {"prompt": "dog", "sampling_params": {**GREEDY, "regex": "(ab|ba)+c"}, "return_logprob": True},
+    {"prompt": "dog", "sampling_params": {**GREEDY, "json_schema": '{"type": "array", "items": {"type": "integer"}}'}},
+    {"prompt": ["fox", "dog"], "sampling_params": {**GREEDY, "ebnf": 'root ::= "x" root | "yz"', "n": 2}},
 ]
 
 

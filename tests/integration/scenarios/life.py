@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -100,6 +101,8 @@ def bad_starts(context: Any, path: str) -> dict[str, Any]:
     config = errors.ConfigError
     refused(config, "did you mean mem_fraction_static", mem_fraction_statik=0.5)
     refused(config, "does not exist", model_path="/no/such/model")
+    for wrong in (0, math.inf, "long"):
+        refused(config, "timeout_s must be above 0 and at most 2000000 seconds", timeout_s=wrong)
     refused(config, "is set by SpmdEngine", nnodes=2)
     refused(config, "one SpmdEngine a replica", dp_size=2)
     refused(config, "device_mesh_cpu has 2 ranks", tp_size=4)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
 import models
+import psutil
 import pytest
 import torch.distributed as dist
 import uvloop
@@ -287,7 +291,18 @@ def mixed(context: Any, path: str) -> dict[str, Any]:
         expected = 5 * len(PROMPTS) + 2 * 4 + (20 if engine.is_leader else 0)
         assert engine.stats().sequences == expected
         check_flood(context, engine)
+        check_poll(engine)
     return {}
+
+
+def check_poll(engine: Any) -> None:
+    """A call that comes while the event loop reads waits for it; no other call runs."""
+    with ThreadPoolExecutor(1) as pool, engine._caller._lock:
+        call = pool.submit(engine.flush_cache)
+        time.sleep(0.2)
+        engine._caller._lock.release()
+        call.result()
+        engine._caller._lock.acquire()
 
 
 def check_flood(context: Any, engine: Any) -> None:
@@ -396,10 +411,17 @@ def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
                 engine.resume()
 
         async def program(engine: Any) -> None:
-            *results, _ = await asyncio.gather(*(one() for _ in range(requests)), hold())
-            assert len(results) == requests and not engine._requests._sequences
-            kinds = {result["meta_info"]["finish_reason"]["type"] for result in results if result}
-            assert kinds == {"length", "abort"}
+            held = []
+            for _ in range(2):
+                *results, _ = await asyncio.gather(*(one() for _ in range(requests // 2)), hold())
+                assert len(results) == requests // 2
+                kinds = {result["meta_info"]["finish_reason"]["type"] for result in results if result}
+                assert kinds == {"length", "abort"}
+                held.append(held_by(os.getpid()) + held_by(engine.scheduler_pid))
+            state = engine._requests
+            assert not (state._sequences or state._names or state._timers or state._inbox or state._outbox)
+            for before, after, room in zip(*held, (0, 64 << 20) * 2, strict=True):
+                assert after <= before + room, held
             await in_order(engine)
 
         async def in_order(engine: Any) -> None:
@@ -414,9 +436,36 @@ def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
             await asyncio.gather(*(one(9, 30) for _ in range(4)), *(one(each, 8) for each in (1, 5, 3, 7, 2, 6, 4, 8)))
             assert [sorted(ended[at : at + 4]) for at in (0, 4, 8)] == [[9] * 4, [5, 6, 7, 8], [1, 2, 3, 4]]
 
-        leader(context, engine, program, uvloop.new_event_loop)  # Ray sets it, for one
+        with stumbling(engine.scheduler_pid, seed + context.rank):
+            leader(context, engine, program, uvloop.new_event_loop)  # Ray sets it, for one
         greedy(engine)  # compares what all ranks have made
     return {}
+
+
+def held_by(pid: int) -> list[int]:
+    """File descriptors and resident bytes of a process."""
+    process = psutil.Process(pid)
+    return [process.num_fds(), process.memory_info().rss]
+
+
+@contextlib.contextmanager
+def stumbling(pid: int, seed: int) -> Iterator[None]:
+    """Meanwhile a process stands still now and then, for up to 50 ms."""
+    over, draw = threading.Event(), random.Random(seed)
+
+    def stumble() -> None:
+        while not over.wait(draw.random() * 0.3):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(draw.random() * 0.05)
+            os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=stumble)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def death(context: Any, path: str) -> dict[str, Any]:
