@@ -8,6 +8,10 @@ BIN := $(TEST_ENV)/bin
 
 DEMO_ENV := .venv
 
+# pip takes twice as long if it compiles all of SGLang's packages; Python compiles what it imports, and is to keep it.
+INSTALL := pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo docs test test-integration test-verl lint format clean
 
 help:
@@ -23,14 +27,14 @@ $(TEST_ENV)/.ready: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(TEST_ENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "sglang==$(SGLANG)" -e ".[test,demo,docs]"
+	$(BIN)/$(INSTALL) "sglang==$(SGLANG)" -e ".[test,demo,docs]"
 	touch $@
 
 $(DEMO_ENV)/.ready: $(SOURCES) $(wildcard spmd_engine/*.py spmd_engine/*/*.py)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	test -x $(DEMO_ENV)/bin/python || $(PYTHON) -m venv $(DEMO_ENV)
 	$(DEMO_ENV)/bin/pip install --quiet --upgrade pip
-	$(DEMO_ENV)/bin/pip install --quiet "sglang==$(SGLANG)" ".[demo]"
+	$(DEMO_ENV)/bin/$(INSTALL) "sglang==$(SGLANG)" ".[demo]"
 	touch $@
 
 # ARGS: e.g. "--seed 1 --steps 120".

@@ -10,6 +10,7 @@ import pytest
 from integration.jobs import run_job
 
 
+@pytest.mark.one_version
 def test_the_trainer_process_stays_as_it_was(tmp_path, checkpoint, leaves_nothing):
     run_job("life.purity", 2, tmp_path, path=checkpoint("qwen2", 1))
 
@@ -30,7 +31,8 @@ def test_heads_that_tp_does_not_divide(tmp_path, checkpoint):
     run_job("life.heads_not_divisible", 2, tmp_path, path=path)
 
 
-@pytest.mark.parametrize("during", ["generate", pytest.param("update_weights", marks=pytest.mark.one_version)])
+@pytest.mark.one_version
+@pytest.mark.parametrize("during", ["generate", "update_weights"])
 def test_kill_of_a_scheduler_process(tmp_path, checkpoint, leaves_nothing, during):
     run_job("life.kill_scheduler", 2, tmp_path, path=checkpoint("qwen2", 1), during=during)
 
