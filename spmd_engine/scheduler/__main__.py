@@ -18,6 +18,8 @@ from spmd_engine.scheduler.watchdog import Watchdog
 
 # When a peer dies, SGLang's collectives raise here at the same time as the watchdog hears of the cause.
 _CAUSE_GRACE_S = 2.0
+# Of a node that is cut off some ranks hear a few seconds before others.
+_CAUSE_GRACE_OVER_NODES_S = 8.0
 
 
 class _LossyFile(io.FileIO):
@@ -56,7 +58,7 @@ def main() -> None:
         watchdog.die(ErrorReport(type(error).__name__, str(error), start.rank))
     except BaseException as error:
         traceback.print_exc()
-        time.sleep(_CAUSE_GRACE_S)
+        time.sleep(_CAUSE_GRACE_S if start.nnodes == 1 else _CAUSE_GRACE_OVER_NODES_S)
         where = traceback.extract_tb(error.__traceback__)[-1]
         watchdog.die(
             ErrorReport(

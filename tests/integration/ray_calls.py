@@ -47,7 +47,8 @@ class Worker:
 
 @contextlib.contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
-    """Ctrl-C in the middle."""
+    """Ctrl-C in the middle. What starts this in the background may have it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     try:
