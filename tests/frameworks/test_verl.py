@@ -282,17 +282,18 @@ def check_requests_that_wait(job: Job) -> None:
     import ray
 
     (replica,) = job.servers.get_replicas()
+    params = {"ignore_eos": True}
 
     async def wait_and_go_on() -> Any:
         await replica.abort_all_requests()
         (server,) = replica.servers
-        given_up = server.generate.remote([5, 6], {}, "the same")
+        given_up = server.generate.remote([5, 6], params, "the same")
         await asyncio.sleep(0.5)
         ray.cancel(given_up)
         with pytest.raises(ray.exceptions.TaskCancelledError):
             await given_up
-        again = server.generate.remote([5, 6], {}, "the same")  # refused if the first one were still there
-        request = asyncio.create_task(job.client.generate("waits", prompt_ids=[5, 6], sampling_params={}))
+        again = server.generate.remote([5, 6], params, "the same")  # refused if the first one were still there
+        request = asyncio.create_task(job.client.generate("waits", prompt_ids=[5, 6], sampling_params=params))
         assert not (await asyncio.wait({request}, timeout=1.0))[0]
         await replica.resume_generation()
         assert len((await asyncio.wait_for(again, 60)).token_ids) == RESPONSE_LEN
@@ -300,7 +301,7 @@ def check_requests_that_wait(job: Job) -> None:
 
     async def wait_in_vain() -> None:
         await replica.abort_all_requests()
-        request = asyncio.create_task(job.client.generate("waits", prompt_ids=[5, 6], sampling_params={}))
+        request = asyncio.create_task(job.client.generate("waits", prompt_ids=[5, 6], sampling_params=params))
         assert not (await asyncio.wait({request}, timeout=1.0))[0]
         ray.kill(job.workers.workers[0])
         with pytest.raises(ray.exceptions.RayError):
