@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     add("--server-args", type=json.loads, default={}, help="more arguments of both engines, as JSON")
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
     add("--timeout", type=float, default=1800.0, metavar="SECONDS", help="end the ranks after this time")
+    parser.set_defaults(dp=1)
     args = parser.parse_args()
     if args.waiting_ranks and args.tp == 1:
         parser.error("--waiting-ranks needs --tp 2 or more: with one rank, none waits")

@@ -37,6 +37,10 @@ class Job:
         return self.device.type == "cuda"
 
     @property
+    def leads(self) -> bool:
+        return dist.get_rank() == 0
+
+    @property
     def vocabulary(self) -> int:
         """Number of tokens that the model knows."""
         return int(json.loads((self.path / "config.json").read_text())["vocab_size"])
@@ -56,23 +60,26 @@ class Job:
     def watched(self, pids: list[int]) -> list[int]:
         """The processes whose memory this rank samples on the CPU: all for rank 0, since they share one memory."""
         every = [pid for of_rank in self.gather(pids) for pid in of_rank]
-        return every if dist.get_rank() == 0 else []
+        return every if self.leads else []
 
 
 @contextlib.contextmanager
-def joined(args: argparse.Namespace, *, name: str, server_args: dict[str, Any]) -> Iterator[Job]:
+def joined(
+    args: argparse.Namespace, *, name: str, server_args: dict[str, Any], backend: str = "cpu:gloo,cuda:nccl"
+) -> Iterator[Job]:
     """Join the other ranks, tp x dp in all, for the time of a run.
 
     Args:
         args: with `model`, `tp`, `dp` and `timeout`.
         name: of the benchmark, for its temporary directory.
         server_args: of the engines.
+        backend: of the default group on GPUs.
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(seconds=args.timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+    dist.init_process_group(backend if on_gpu else "gloo", timeout=timeout)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     control = dist.new_group(backend="gloo", timeout=timeout)
     mesh = init_device_mesh("cpu", (args.dp, args.tp), mesh_dim_names=("dp", "tp"))["tp"]

@@ -8,24 +8,21 @@ import json
 import os
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import throughput_report as report
 import torch
 import torch.distributed as dist
+from job import Job, joined
 from machine import header
 from processes import busy_shares, cpu_s, held_by
 from stock import CPU_ARGS, StockEngine
-from torch.distributed.device_mesh import init_device_mesh
 
 from spmd_engine import SpmdEngine
-from spmd_engine.shapes import model_directory
 
 ALONE, ALONE_TOKENS = 8, 32  # requests that run one at a time
 LEAST_KV_TOKENS = 8192
@@ -37,63 +34,32 @@ Prompts = list[list[int]]
 Made = tuple[float, float, Prompts]  # seconds, CPU seconds of all processes of the engine, tokens
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a rank knows about the run."""
-
-    args: argparse.Namespace
-    device: torch.device
-    path: Path
-    scratch: Path
-    server_args: dict[str, Any]
-    vocabulary: int
-
-    @property
-    def leads(self) -> bool:
-        return dist.get_rank() == 0
-
-    def prompts(self, count: int, *seeds: object) -> Prompts:
-        """Random ones, the same on all ranks. Other seeds give others, so that no prefix cache has them."""
-        draw = random.Random(repr(seeds))
-        return [[draw.randrange(3, self.vocabulary) for _ in range(self.args.prompt_tokens)] for _ in range(count)]
-
-
 def run_rank(args: argparse.Namespace) -> int:
     """The whole benchmark on this rank; rank 0 prints and writes. Returns the exit status."""
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
-    with tempfile.TemporaryDirectory(prefix="generate-") as own:
-        shared = [own]
-        dist.broadcast_object_list(shared, src=0)
-        scratch = Path(shared[0])
-        if dist.get_rank() == 0:
-            model_directory(args.model, scratch)
-        dist.barrier()
-        path = model_directory(args.model, scratch)
-        config = json.loads((path / "config.json").read_text())
-        job = Job(args, device, path, scratch, _server_args(args, path, on_gpu), config["vocab_size"])
-        result = _measure(job)
-        dist.barrier()
-    dist.destroy_process_group()
+    with joined(args, name="generate", server_args=args.server_args, backend="gloo") as job:
+        result = _measure(replace(job, server_args=_server_args(job)))
     return WRONG if result["alone"]["differing_requests"] else 0
 
 
-def _server_args(args: argparse.Namespace, path: Path, on_gpu: bool) -> dict[str, Any]:
+def _server_args(job: Job) -> dict[str, Any]:
     """Arguments of both engines: the KV cache holds the largest case, and is equally large in both."""
-    needed = max(requests * (args.prompt_tokens + tokens) for requests, tokens in args.cases)
+    needed = max(requests * (job.args.prompt_tokens + tokens) for requests, tokens in job.args.cases)
     made: dict[str, Any] = {
         "max_total_tokens": max(LEAST_KV_TOKENS, needed * 21 // 20),
         "random_seed": 1,
         "skip_tokenizer_init": True,
     }
-    if not any(path.glob("*.safetensors")):
+    if not any(job.path.glob("*.safetensors")):
         made["load_format"] = "dummy"
-    if not on_gpu:
+    if not job.on_gpu:
         made.update(CPU_ARGS, chunked_prefill_size=CPU_PREFILL_TOKENS)
-    return {**made, **args.server_args}
+    return {**made, **job.server_args}
+
+
+def _prompts(job: Job, count: int, *seeds: object) -> Prompts:
+    """Random ones, the same on all ranks. Other seeds give others, so that no prefix cache has them."""
+    draw, vocabulary = random.Random(repr(seeds)), job.vocabulary
+    return [[draw.randrange(3, vocabulary) for _ in range(job.args.prompt_tokens)] for _ in range(count)]
 
 
 class Both:
@@ -101,7 +67,6 @@ class Both:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         self._before = held_by({os.getpid(): "trainer"})[0]
         self._stock: StockEngine | None = None
         self.start_s: dict[str, list[float]] = {report.OURS: [], report.THEIRS: []}
@@ -110,22 +75,19 @@ class Both:
                 self.shutdown()
             dist.barrier()
             began = time.perf_counter()
-            self.engine = SpmdEngine(
-                job.path, device_mesh_cpu=self._mesh, timeout_s=job.args.timeout, **job.server_args
-            )
+            self.engine = SpmdEngine(job.path, device_mesh_cpu=job.mesh, timeout_s=job.args.timeout, **job.server_args)
             dist.barrier()
             self.start_s[report.OURS].append(time.perf_counter() - began)
             if job.leads:
                 self._stock = StockEngine(
                     {"model_path": str(job.path), "tp_size": job.args.tp, "log_level": "error", **job.server_args},
-                    on_cpu=job.device.type == "cpu",
+                    on_cpu=not job.on_gpu,
                     scratch=job.scratch,
                     timeout_s=job.args.timeout,
                 )
                 self.start_s[report.THEIRS].append(self._stock.start_s)
             dist.barrier()
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, {os.getpid(): "trainer", self.engine.scheduler_pid: "scheduler"})
+        ranks = job.gather({os.getpid(): "trainer", self.engine.scheduler_pid: "scheduler"})
         self._roles: dict[int, str] = {pid: role for roles in ranks for pid, role in roles.items()}
 
     @property
@@ -157,8 +119,7 @@ class Both:
     def held(self) -> dict[str, Any]:
         """Memory of all processes of each engine, on all ranks."""
         mine = held_by({os.getpid(): "trainer", self.engine.scheduler_pid: "scheduler"})
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (mine, self._before))
+        ranks = self._job.gather((mine, self._before))
         ours = [one for processes, _ in ranks for one in processes]
         found = {report.OURS: {"processes": ours, "hosts_before": [before for _, before in ranks]}}
         if self._stock is not None:
@@ -235,7 +196,7 @@ def _params(tokens: int) -> dict[str, Any]:
 def _alone(job: Job, both: Both) -> dict[str, int]:
     """Requests one at a time: whether both engines make the same tokens of them."""
     differing = 0
-    for prompt in job.prompts(ALONE, "alone"):
+    for prompt in _prompts(job, ALONE, "alone"):
         *_, ours = both.ours([prompt], _params(ALONE_TOKENS), beside=False)
         *_, theirs = both.theirs([prompt], _params(ALONE_TOKENS), beside=False)
         differing += job.leads and ours != theirs
@@ -250,7 +211,7 @@ def _case(job: Job, both: Both, requests: int, tokens: int, beside: bool) -> dic
     cpu_seconds = dict.fromkeys(seconds, 0.0)
     differing = 0
     for number in range(job.args.warmup + job.args.rounds):
-        prompts = job.prompts(requests, requests, tokens, beside, number)
+        prompts = _prompts(job, requests, requests, tokens, beside, number)
         turns = [(report.OURS, both.ours), (report.THEIRS, both.theirs)]
         made = {}
         for name, run in turns if number % 2 else turns[::-1]:
@@ -286,7 +247,7 @@ def _waiting(job: Job, both: Both) -> dict[str, Any]:
     for number in range(job.args.warmup + job.args.rounds):
         order = list(ways) if number % 2 else list(ways)[::-1]
         for name in order:
-            prompts = job.prompts(requests, name, number)
+            prompts = _prompts(job, requests, name, number)
             dist.barrier()
             began = time.perf_counter()
             if job.leads:
@@ -330,7 +291,7 @@ def _ways(job: Job, engine: SpmdEngine) -> dict[str, Callable[[bool], None]]:
         "in a call of the engine": lambda waits: engine.flush_cache(),
         "in a gloo barrier": lambda waits: dist.all_reduce(torch.zeros(1)),
     }
-    if job.device.type == "cuda":
+    if job.on_gpu:
         nccl = dist.new_group(backend="nccl", timeout=timedelta(seconds=job.args.timeout))
         ways["in an NCCL all-reduce"] = spinning
     return ways

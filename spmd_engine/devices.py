@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from spmd_engine.errors import ConfigError
 
 
-def own_gpu(environ: Mapping[str, str]) -> dict[str, str]:
-    """The GPU of this trainer rank, its current CUDA device, in words that hold in other processes of this node.
+def own_gpu(index: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """A GPU of this trainer rank, in words that hold in other processes of this node.
 
     Args:
+        index: its CUDA ordinal in this process.
         environ: the environment with which CUDA started in this process.
 
     Returns:
@@ -18,7 +19,6 @@ def own_gpu(environ: Mapping[str, str]) -> dict[str, str]:
     """
     import torch
 
-    index = torch.cuda.current_device()
     names = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return {
         "uuid": f"GPU-{torch.cuda.get_device_properties(index).uuid}",

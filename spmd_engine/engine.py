@@ -42,7 +42,8 @@ class SpmdEngine(LeaderCalls):
     Every rank of `device_mesh_cpu` starts the scheduler process of its own tensor-parallel rank and talks to it alone.
     All methods but those of `LeaderCalls` (`async_generate` and its companions), `stats` and `shutdown` are
     collective over the ranks of the mesh: call them in the same order with the same arguments. Several meshes in one
-    job make several replicas.
+    job make several replicas; `update_weights` and `explain` are collective over all ranks that hold shards of the
+    source, of whichever replica.
 
     Args:
         model_path: a directory or hub name that SGLang can load.
@@ -73,6 +74,7 @@ class SpmdEngine(LeaderCalls):
         self._model_path, self._server_args = os.fspath(model_path), server_args
         self._timeout_s, self._log_dir = timeout_s, log_dir
         self._stats = EngineStats()
+        self._device: int | None = None  # another thread may have another current device when it restarts the engine
         self._start(is_restart=False)
 
     def _start(self, *, is_restart: bool) -> None:
@@ -84,9 +86,11 @@ class SpmdEngine(LeaderCalls):
             rank=rank,
             timeout_s=self._timeout_s,
             weight_version=self._stats.weight_version,
+            device=self._device,
             is_restart=is_restart,
         )
         self._process = startup.start(self._log_dir)
+        self._device = startup.device
         self._tokenizer = startup.tokenizer
         self._stats = replace(
             self._stats,

@@ -169,7 +169,7 @@ class PlanReport:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ConfigError(f"a heat map needs matplotlib: pip install 'spmd-engine[plot]' ({error})") from error
+            raise ConfigError(f"a heat map needs matplotlib: pip install matplotlib ({error})") from error
         figure = Figure(figsize=(7, 6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()

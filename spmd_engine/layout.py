@@ -7,9 +7,11 @@ the pieces follow from the placements, and `pieces` works them out.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, product
+from typing import Any
 
 Shape = tuple[int, ...]
 # Element sizes in bytes of the dtypes that a weight may have, by torch's name without "torch.".
@@ -116,6 +118,37 @@ class SourceLayout:
     def ranks(self) -> tuple[int, ...]:
         """All ranks that hold a shard of something, ascending."""
         return tuple(sorted({rank for mesh in self.meshes for rank in mesh.ranks}))
+
+    def plain(self) -> list[list[Any]]:
+        """As values that JSON has: for each weight its name, dtype, shape, and how it is shared."""
+        shared = [f"over ranks {list(mesh.ranks)} as {list(mesh.shape)}" for mesh in self.meshes]
+        return [
+            [w.name, w.dtype, list(w.shape), [repr(p) for p in w.placements], shared[w.mesh] if w.mesh >= 0 else ""]
+            for w in self.weights
+        ]
+
+
+def first_difference(layouts: Mapping[int, list[list[Any]]]) -> str:
+    """The first weight that ranks do not have alike, and how they have it; "" if there is none.
+
+    Args:
+        layouts: by rank, as `SourceLayout.plain` makes them.
+    """
+    (first, expected), *others = ((rank, {name: how for name, *how in plain}) for rank, plain in layouts.items())
+    for rank, found in others:
+        for name in [*expected, *found]:
+            if (one := expected.get(name)) != (other := found.get(name)):
+                return f"weight {name!r} is {_how(one)} on rank {first}, and {_how(other)} on rank {rank}"
+        if list(expected) != list(found):
+            return f"ranks {first} and {rank} have the weights in another order"
+    return ""
+
+
+def _how(described: list[Any] | None) -> str:
+    if described is None:
+        return "missing"
+    dtype, shape, placements, shared = described
+    return " ".join(filter(None, [dtype, str(shape), ", ".join(placements), shared]))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Shutdown
 from spmd_engine.errors import ConfigError
 
 LOG_TAIL_BYTES = 4000
+# How a process that crashes begins; stacks of all its threads, and a list of all its modules, follow.
+_CRASHES = ("terminate called", "Fatal Python error")
+_CRASH_BYTES = 64 << 10
 _LAUNCHER_VARIABLES = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK",
     "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
@@ -230,11 +233,14 @@ class SchedulerProcess:
         return False
 
     def log_tail(self) -> str:
-        """The end of the log."""
+        """The end of the log; of a crash, how it begins."""
         with contextlib.suppress(OSError, ValueError):
             size = os.fstat(self.log.fileno()).st_size
-            data = os.pread(self.log.fileno(), LOG_TAIL_BYTES, max(0, size - LOG_TAIL_BYTES))
-            return data.decode(errors="replace").strip()
+            text = os.pread(self.log.fileno(), _CRASH_BYTES, max(0, size - _CRASH_BYTES)).decode(errors="replace")
+            crashes = [at for word in _CRASHES if (at := text.find(word)) >= 0]
+            if crashes:
+                text = text[: min(crashes) + LOG_TAIL_BYTES // 2]
+            return text[-LOG_TAIL_BYTES:].strip()
         return ""
 
     def stop(self, *, grace_s: float) -> None:

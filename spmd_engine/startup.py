@@ -76,12 +76,14 @@ class Startup:
         rank: the caller's global rank.
         timeout_s: seconds to wait for the other ranks.
         weight_version: that this rank knows; the highest of all ranks counts.
+        device: CUDA ordinal of this rank; by default the current device of the calling thread.
         is_restart: the process takes the place of another one.
 
     Attributes:
         rendezvous: the keys of this engine in the default store.
         tokenizer: the tokenizer, or None; known after `start`.
         weight_version: that the engine begins with; known after `start`.
+        device: CUDA ordinal of this rank; known after `start`, None on the CPU.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Startup:
         rank: int,
         timeout_s: float,
         weight_version: int = 0,
+        device: int | None = None,
         is_restart: bool = False,
     ) -> None:
         self.rendezvous = Rendezvous(ranks, rank, "engine")
@@ -103,6 +106,7 @@ class Startup:
         # Also if it is refused: the other ranks must hear of that.
         self._timeout_s = timeout_s if _is_timeout(timeout_s) else _REFUSAL_S
         self.weight_version, self._is_restart = weight_version, is_restart
+        self.device = device
         self._preload = ""
 
     def start(self, log_dir: str | os.PathLike[str] | None) -> SchedulerProcess:
@@ -112,14 +116,16 @@ class Startup:
             ConfigError, CollectiveMismatchError, CollectiveTimeoutError: on all ranks; nothing was started.
         """
         given = {"model_path": self._model_path, **self._server_args}
-        note: dict[str, Any] = {"digest": digest(given), "arguments": repr(given)[:500], "refusal": None}
+        note: dict[str, Any] = {"digest": digest(given), "arguments": repr(given)[:500], "refusal": None, "gpu": None}
         note.update(version=self.weight_version, is_restart=self._is_restart)
         refusal: ConfigError | None = None
         log: IO[bytes] | None = None
         store: socket.socket | None = None
         try:
             self._check()
-            note["gpu"] = None if self.on_cpu else own_gpu(os.environ)
+            if not self.on_cpu:
+                self.device = torch.cuda.current_device() if self.device is None else self.device
+                note["gpu"] = own_gpu(self.device, os.environ)
             log = open_log(log_dir, self._rank)
             if self._rank == self._ranks[0]:
                 store = links.listen(self.rendezvous.host)

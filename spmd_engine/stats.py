@@ -69,7 +69,7 @@ class EngineStats:
         updates: weight updates committed.
         update_s: seconds of these calls.
         update_phases_s: the same by phase, by the names that UpdateStats has for them without "_s".
-        local_bytes, remote_bytes: what the updates read, as in UpdateStats.
+        local_bytes, remote_bytes, network_bytes, staged_bytes: what the updates moved, as in UpdateStats.
         last_update: the last of them.
         memory: bytes that the engine holds on the device of this rank, by tag: "weights", "kv_cache" and "cuda_graph"
             (what CUDA graphs keep; 0 on the CPU). 0 while the tag sleeps.
@@ -89,6 +89,8 @@ class EngineStats:
     update_phases_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     local_bytes: int = 0
     remote_bytes: int = 0
+    network_bytes: int = 0
+    staged_bytes: int = 0
     last_update: UpdateStats | None = None
     memory: dict[str, int] = field(default_factory=dict)
 
@@ -121,5 +123,7 @@ class EngineStats:
             update_phases_s={name: s + getattr(update, f"{name}_s") for name, s in self.update_phases_s.items()},
             local_bytes=self.local_bytes + update.local_bytes,
             remote_bytes=self.remote_bytes + update.remote_bytes,
+            network_bytes=self.network_bytes + update.network_bytes,
+            staged_bytes=self.staged_bytes + update.staged_bytes,
             last_update=update,
         )

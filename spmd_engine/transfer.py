@@ -207,9 +207,8 @@ class CudaTransfer:
     def start(self) -> None:
         assert self._table is not None
         try:
-            torch.cuda.synchronize(self._device)  # SGLang's own streams may still read the old weights
             self._table.launch(stream=torch.cuda.current_stream(self._device).cuda_stream)
-        except (*_NATIVE_ERRORS, torch.AcceleratorError) as error:
+        except _NATIVE_ERRORS as error:
             raise self._failure(error) from error
 
     def finish(self) -> float:

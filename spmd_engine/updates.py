@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -96,7 +97,7 @@ class WeightUpdates:
         }
         count = len(described.layout.weights)
         summary = f"{count} weights over ranks {list(self.last_ranks)}, layout {key[:8]}, verify={verify}"
-        if described.device is not None:
+        if described.device is not None or torch.cuda.is_initialized():  # shards in CPU memory may come from a GPU
             # The shards are final once what this thread has queued is done. Other streams may go on.
             torch.cuda.current_stream(described.device).synchronize()
         agreed = [self.last_ranks, key, verify, running]
@@ -185,7 +186,7 @@ class WeightUpdates:
         """Equal on two ranks if and only if they describe the same layout."""
         last = self._key
         if last is None or last[0] is not described.layout or last[1] != described.optional:
-            key = digest([_plain(described.layout), sorted(described.optional)])
+            key = digest([described.layout.plain(), sorted(described.optional)])
             self._key = last = (described.layout, described.optional, key)
         return last[2]
 
@@ -199,7 +200,9 @@ class WeightUpdates:
             _native.allow_ptrace_by_any()  # where Yama restricts ptrace to descendants
             self._ptrace_allowed = True
         try:
-            return self._exporter.export(described.addresses, described.sizes, device=described.device)
+            # A thread of its own has no device yet: CUDA would take the first one, and leave a context there.
+            with contextlib.nullcontext() if described.device is None else torch.cuda.device(described.device):
+                return self._exporter.export(described.addresses, described.sizes, device=described.device)
         except _native.NativeError as error:
             raise PlanError(f"rank {self._rank} cannot share its shards with other processes: {error}") from error
 
@@ -230,10 +233,3 @@ def _holders_of(source: object) -> set[int]:
         return ranks_of(source)
     except Exception:
         return set(range(dist.get_world_size()))
-
-
-def _plain(layout: SourceLayout) -> list[Any]:
-    """The layout as plain values for a digest."""
-    meshes = [[mesh.shape, mesh.ranks] for mesh in layout.meshes]
-    weights = [[w.name, w.shape, w.dtype, w.mesh, [repr(p) for p in w.placements]] for w in layout.weights]
-    return [meshes, weights]

@@ -25,7 +25,7 @@ try:
     from ray import cloudpickle
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 except ImportError as error:
-    raise ImportError(f"spmd_engine.integrations.ray needs Ray: pip install 'spmd-engine[ray]' ({error})") from error
+    raise ImportError(f"spmd_engine.integrations.ray needs Ray: pip install ray ({error})") from error
 
 from spmd_engine.errors import CollectiveTimeoutError, ConfigError, EngineClosedError
 from spmd_engine.integrations.causes import RankFailure, as_error, first_cause

@@ -1,1 +1,1 @@
-"""Runs only in the scheduler process. `adapter.py` and `cpu_platform.py` are the only modules that import sglang."""
+"""The scheduler process. Only `adapter.py`, `starting.py`, `cpu_platform.py` and `on_paper.py` import sglang."""

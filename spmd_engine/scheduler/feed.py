@@ -12,9 +12,11 @@ its turn once they have finished, or are paused.
 from __future__ import annotations
 
 import contextlib
+import json
 import select
 import socket
 import time
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from spmd_engine.channel import (
@@ -31,6 +33,7 @@ from spmd_engine.channel import (
 )
 from spmd_engine.digest import digest
 from spmd_engine.errors import EngineBusyError, ErrorReport, SpmdEngineError
+from spmd_engine.layout import first_difference
 from spmd_engine.links import Frame, Interjection, Links, LinkTimeout, PeerGone
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.memory import MemoryKeeper
@@ -229,7 +232,7 @@ class Feed:
         }
         news, places = self._weights.announce(call.payload) if call.kind == "update_weights" else ({}, b"")
         frames = self._exchange(self._replica, {**agreement, **news}, places, call)
-        error = verdict(self._replica, frames)
+        error = self._verdict(self._replica, frames, call)
         if len({header["tokens"] for header, _ in frames}) > 1:
             self._diverged("requests that ran")
         wide = max((tuple(header["wide"]) for header, _ in frames), key=len)  # a refusing rank may not know its peers
@@ -238,7 +241,7 @@ class Feed:
             failed = None if error is None else [error.kind, error.message]
             note = {**agreement, **news, "error": failed, "refusal": None}
             frames = self._exchange(wide, note, places, call)
-            error = verdict(wide, frames) or error
+            error = self._verdict(wide, frames, call) or error
         if error is not None:
             raise error.to_exception()
         if call.kind == "refused":
@@ -279,6 +282,17 @@ class Feed:
             self._reply(call, value=adapter.checksums(self._scheduler))
             return None
         raise SpmdEngineError(f"unknown call {call.kind!r}")
+
+    def _verdict(self, ranks: tuple[int, ...], frames: list[Frame], call: Call) -> ErrorReport | None:
+        """As `verdict`; where the ranks describe their weights differently, the first that differs is named."""
+        error = verdict(ranks, frames)
+        is_of_layouts = {header["kind"] for header, _ in frames} in ({"update_weights"}, {"explain"})
+        if error is None or error.kind != "CollectiveMismatchError" or not is_of_layouts:
+            return error
+        plain = json.dumps(self._weights.layout_of(call.payload).plain())
+        told = self._exchange(ranks, {}, plain.encode(), call)
+        difference = first_difference({rank: json.loads(blob) for rank, (_, blob) in zip(ranks, told, strict=True)})
+        return replace(error, message=f"{error.message}. Here {difference}") if difference else error
 
     def _refusal(self, call: Call) -> SpmdEngineError | None:
         """Why a call cannot be made now."""

@@ -131,6 +131,12 @@ class WeightsKeeper:
             self._prepared.pop(key).close()
         self.is_inspected = True
 
+    def layout_of(self, payload: dict[str, Any]) -> SourceLayout:
+        """The layout that the payload of an update or a survey names; it is remembered."""
+        if payload["layout"] is not None:
+            self._layouts[payload["key"]] = payload["layout"]
+        return self._layouts[payload["key"]][0]
+
     def announce(self, payload: dict[str, Any]) -> Frame:
         """What the other ranks must know before this update: what this one has prepared, and where its shards are.
 
@@ -138,8 +144,7 @@ class WeightsKeeper:
             payload: from `spmd_engine.updates`.
         """
         key = payload["key"]
-        if payload["layout"] is not None:
-            self._layouts[key] = payload["layout"]
+        self.layout_of(payload)
         memory: ShardMemory | None = payload["memory"]
         if memory is not None and self._offered is not None:
             memory = replace(memory, offered_at=self._offered.address)
@@ -253,10 +258,12 @@ class WeightsKeeper:
     def _bind_together(self, prepared: _Prepared, ranks: tuple[int, ...], exchange: Exchange) -> None:
         """Open what has moved, on all ranks, before any of them writes."""
         memories = {rank: self._memories[rank] for rank in ranks}
+        for one in self._prepared.values():  # others may read what is closed now
+            one.is_bound = False
 
         def bind() -> None:
             if self._handles is not None:  # what has moved is closed before its successor is opened
-                shards = [handle for memory in self._memories.values() for handle in memory.handles]
+                shards = [handle for memory in memories.values() for handle in memory.handles]
                 buckets = [b for p in self._prepared.values() if p.staged is not None for b in p.staged.buckets()]
                 self._handles.keep_only([*shards, *buckets])
             prepared.transfer.bind(memories)
@@ -381,6 +388,7 @@ class WeightsKeeper:
         if self._are_lost and prepared.has_constants:
             # A recording writes the loader's own constants.
             record(adapter.model_of(self._scheduler), prepared.layout, self.conversion)
+        prepared.transfer.wait()  # SGLang's own streams may still read the old weights
         prepared.transfer.start()
         if flush:
             adapter.flush_cache(self._scheduler)  # while a GPU copies; it names tokens by the old weights

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import cluster
+import documentation
 import models
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ os.environ.update(VERL_PLATFORM="cpu", VERL_ENGINE_DEVICE="cuda", VERL_USE_EXTER
 
 PROMPTS, GROUP, PROMPT_LEN, RESPONSE_LEN, STEPS = 16, 4, 8, 8, 6
 COMMAND = [
+    *documentation.recipe("verl", "")[1].splitlines(),
     "data.max_prompt_length=8",
     "data.max_response_length=8",
     "actor_rollout_ref.model.enable_gradient_checkpointing=False",
@@ -35,7 +37,6 @@ COMMAND = [
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32",
     "actor_rollout_ref.actor.use_torch_compile=False",
     "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
-    "actor_rollout_ref.rollout.name=spmd",
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.rollout.tensor_model_parallel_size=2",
     "actor_rollout_ref.rollout.dtype=float32",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cluster
+import documentation
 import models
 import numpy as np
 import pytest
@@ -22,11 +23,11 @@ cluster.need_verl("0.5")
 
 PROMPTS, GROUP, PROMPT_LEN, RESPONSE_LEN, STEPS = 16, 4, 8, 8, 5
 CONVERSATIONS = 16
-# What a user's command line says. Nothing of it but `external_lib` is about this package.
+# What a user's command line says. Nothing of it is about this package but the recipe, which names `external_lib`.
 COMMAND = [
+    *documentation.recipe("verl", "")[0].splitlines(),
     "data.max_prompt_length=8",
     "data.max_response_length=8",
-    "actor_rollout_ref.model.external_lib=spmd_engine.integrations.verl_legacy",
     "actor_rollout_ref.model.enable_gradient_checkpointing=False",
     "actor_rollout_ref.actor.strategy=fsdp2",
     "actor_rollout_ref.actor.optim.lr=5e-2",
@@ -34,7 +35,6 @@ COMMAND = [
     "actor_rollout_ref.actor.ppo_mini_batch_size=16",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
     "actor_rollout_ref.actor.use_torch_compile=False",
-    "actor_rollout_ref.rollout.name=sglang",
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.rollout.tensor_model_parallel_size=2",
     "actor_rollout_ref.rollout.gpu_memory_utilization=0.4",

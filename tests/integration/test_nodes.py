@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -11,9 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import documentation
+import models
 import pytest
 
-from integration.jobs import run_job
+from integration.jobs import environment, run_job
 from integration.nodes import Node
 from integration.ray_cluster import ray_cluster
 from spmd_engine.process import with_this_package
@@ -52,6 +56,53 @@ def test_weights_from_the_other_node(tmp_path, checkpoint, reference, nodes):
 @pytest.mark.one_version
 def test_a_trainer_over_two_nodes(tmp_path, checkpoint, nodes):
     run_job("nodes.sources", 4, tmp_path, path=checkpoint("qwen2", 1), nodes=nodes)
+
+
+MY_TRAINER = """
+import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+batches = [["the quick brown", "fox"], ["jumps over"]]
+
+def build_model(path):
+    return fully_shard(AutoModelForCausalLM.from_pretrained(path))
+
+def train(model, outputs):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    return len(outputs)
+"""
+
+
+def write_recipe(directory, launcher, changes):
+    """A recipe's program as `train.py`, with what it leaves to the reader."""
+    models.save_tokenizer(directory)
+    models.save_model("qwen2", directory, seed=1, **HEADS)
+    (program,) = documentation.recipe(launcher, "python")
+    (directory / "train.py").write_text(documentation.replaced(program, {"Qwen/Qwen2-7B": str(directory), **changes}))
+    (directory / "my_trainer.py").write_text(MY_TRAINER)
+
+
+@pytest.mark.one_version
+def test_the_torchrun_recipe(tmp_path, nodes):
+    set_device = 'torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))'
+    write_recipe(tmp_path, "torchrun", {'", 4': '", 2', set_device: "", "cpu:gloo,cuda:nccl": "gloo"})
+    commands = next(text for text in documentation.recipe("torchrun", "bash") if "--nnodes" in text).splitlines()
+    own = {"10.0.0.1": nodes[0].ipv4, "--nproc_per_node 8": "--nproc_per_node 1"}
+    processes = []
+    for node, command in zip(nodes, commands, strict=True):
+        words = shlex.split(documentation.replaced(command, own))
+        env = with_this_package({**environment(tmp_path), **node.environment(nodes[0], ipv6=False)})
+        launch = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+        processes.append(
+            subprocess.Popen(launch, cwd=tmp_path, env=env, preexec_fn=node.enter, stdout=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    found = re.findall(r"loss (\d), weights of version (\d) in", outputs[0])
+    assert found == [("2", "1"), ("1", "2")], outputs
 
 
 class CutOff:
@@ -169,6 +220,14 @@ def test_ranks_on_ray(cluster, tmp_path):
     assert [value["environment"] for value in values] == [
         [str(rank), "4", str(rank % 2), "2", values[0]["node"]] for rank in range(4)
     ]
+
+
+@pytest.mark.one_version
+def test_the_ray_recipe(cluster, tmp_path):
+    write_recipe(tmp_path, "ray", {"2, 8": "2, 1"})
+    done = cluster.run(["train.py"], timeout_s=200.0, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[2, 2]", "[1, 1]"], done.stdout
 
 
 @pytest.mark.one_version

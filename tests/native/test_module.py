@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -32,6 +34,12 @@ def test_import_has_no_side_effects() -> None:
         "print('torch' in sys.modules, os.environ == before, set(os.listdir('/proc/self/task')) == threads)"
     )
     assert run(code).split() == ["False", "True", "True"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA backend cannot be built here")
+@pytest.mark.skipif(os.environ.get("SPMD_ENGINE_CUDA") == "OFF", reason="SPMD_ENGINE_CUDA=OFF")
+def test_cuda_is_built_where_it_can_be() -> None:
+    assert _native.has_cuda()
 
 
 def test_a_missing_build_says_how_to_build() -> None:

@@ -6,41 +6,38 @@ import ast
 import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from documentation import PAGES, ROOT, blocks
 
 from spmd_engine import SpmdEngine, cli, errors
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 # Every command in the documentation, by its first words, and what runs it.
 COMMANDS = {
     "make demo": "by hand before a release: it has the time of a whole CI run",
     "make test": "CI",
+    ".venv-test-0.5.17/bin/python -m pytest": "CI, for all tests",
     "pip install .": "the Makefile's environments",
-    "pip install 'spmd-engine[ray]'": "the extra `ray`, by the test environment's own",
+    "pip install '.[ray]'": "the extra `ray`, by the test environment's own",
     "spmd-engine doctor": "tests/unit/test_doctor.py, tests/integration/test_nodes.py",
     "spmd-engine plan": "tests/integration/test_on_paper.py",
     "torchrun --standalone --nproc_per_node 2 first.py": "tests/integration/test_docs.py",
     "torchrun --standalone --nproc_per_node 2 examples/grpo.py": "make demo",
-    "torchrun --nnodes 2 --node-rank": "tests/integration/test_nodes.py, with other ranks",
+    "torchrun --nnodes 2 --node-rank": "tests/integration/test_nodes.py",
     "ray start": "tests/integration/ray_cluster.py",
     "python examples/grpo_ray.py --nodes 2 --ranks-per-node 1": "tests/integration/test_nodes.py",
 }
 
 
-def blocks(language):
-    """(page, text) of each block of code in that language."""
-    found = []
-    for page in PAGES:
-        for indent, text in re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(), re.M | re.S):
-            lines = [line.removeprefix(indent) for line in text.splitlines()]
-            found.append(pytest.param("\n".join(lines), id=f"{page.relative_to(ROOT)}-{len(found)}"))
-    return found
+def all_blocks(language):
+    return [
+        pytest.param(text, id=f"{page.relative_to(ROOT)}-{number}")
+        for page in PAGES
+        for number, text in enumerate(blocks(page, language))
+    ]
 
 
-@pytest.mark.parametrize("text", blocks("bash"))
+@pytest.mark.parametrize("text", all_blocks("bash"))
 def test_every_command_is_run_by_something(text):
     for line in filter(None, text.splitlines()):
         assert any(line.startswith(known) for known in COMMANDS), line
@@ -49,7 +46,7 @@ def test_every_command_is_run_by_something(text):
             cli.make_parser().parse_args(words[1:])
 
 
-@pytest.mark.parametrize("text", blocks("python"))
+@pytest.mark.parametrize("text", all_blocks("python"))
 def test_code_names_what_exists(text):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spmd_engine"):

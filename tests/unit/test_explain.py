@@ -137,6 +137,6 @@ def test_a_heat_map_without_matplotlib_says_what_to_install(tmp_path, monkeypatc
     layout = sharded("a")
     report = make_report(layout, {0: reader(layout)}, nodes=ONE_NODE, speeds=SPEEDS)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'spmd-engine\[plot\]'"):
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
         report.save_heat_map(tmp_path / "map.png")
     assert not (tmp_path / "map.png").exists()

@@ -269,9 +269,7 @@ def test_too_many_descriptors_in_flight_are_waited_for(monkeypatch):
     assert len(tries) == 3
 
 
-def test_seven_hundred_descriptors_take_little_time(server):
-    began = time.monotonic()
+def test_seven_hundred_descriptors(server):
     for descriptors in fetch(server.address, {b"\xaa": 700}):
         close_all(descriptors)
-    assert time.monotonic() - began < 3
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 0

@@ -15,27 +15,24 @@ from spmd_engine.process import child_environment, is_safe_cache, memory_saver_l
 from spmd_engine.rendezvous import interface_of
 
 PROBE = """
-import json, os, sys, time, threading
+import json, os, sys, threading
 import torch
 import torch.distributed
 before = (dict(os.environ), threading.active_count(), set(sys.modules))
-began = time.perf_counter()
 import spmd_engine
 from spmd_engine import SpmdEngine
-seconds = time.perf_counter() - began
 new = {name.split(".")[0] for name in set(sys.modules) - before[2]}
 print(json.dumps({
-    "seconds": seconds, "env": dict(os.environ) == before[0], "threads": threading.active_count() - before[1],
+    "env": dict(os.environ) == before[0], "threads": threading.active_count() - before[1],
     "cuda": torch.cuda.is_initialized(),
     "heavy": sorted(new & {"sglang", "transformers", "ray", "verl", "zmq", "triton"}),
 }))
 """
 
 
-def test_import_is_fast_and_has_no_side_effects():
+def test_import_brings_nothing_heavy_and_has_no_side_effects():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("seconds") < 2
     assert found == {"env": True, "threads": 0, "cuda": False, "heavy": []}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from spmd_engine.layout import (
     Weight,
     boxed_shape,
     contiguous_strides,
+    first_difference,
     local_box,
     pieces,
     replica_of,
@@ -192,3 +194,21 @@ def test_binding_new_addresses_moves_only_the_sources():
     second = plan.bind({0: np.array([5000], np.uint64), 1: np.array([2000], np.uint64)})
     assert list(second["src"].astype(int) - first["src"].astype(int)) == [4000, 0]
     assert (first["dst"] == second["dst"]).all()
+
+
+def test_the_first_difference_of_layouts_is_named():
+    mesh = Mesh((2,), (0, 1))
+    cut = Weight("a", (4, 4), "float32", 0, (Shard(0),))
+    whole = Weight("b", (4,), "bfloat16")
+
+    def difference(*weights, mesh=mesh):
+        mine = SourceLayout((cut, whole), (Mesh((2,), (0, 1)),))
+        return first_difference({3: mine.plain(), 5: SourceLayout(weights, (mesh,)).plain()})
+
+    assert difference(cut, whole) == ""
+    assert difference(whole, cut) == "ranks 3 and 5 have the weights in another order"
+    assert difference(cut) == "weight 'b' is bfloat16 [4] on rank 3, and missing on rank 5"
+    assert difference(cut, whole, replace(whole, name="c")).startswith("weight 'c' is missing on rank 3, and bfloat16")
+    found = difference(cut, whole, mesh=Mesh((2,), (0, 2)))
+    shared = "float32 [4, 4] Shard(dim=0) over ranks [0, {}] as [2] on rank {}"
+    assert found == f"weight 'a' is {shared.format(1, 3)}, and {shared.format(2, 5)}"

@@ -59,3 +59,18 @@ def test_logs_are_their_owners(tmp_path):
     assert len(files) == 2 and all(path.name.startswith("scheduler-rank3-") for path in files)
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
+def test_of_a_crash_the_log_shows_how_it_begins(start, tmp_path):
+    log = open_log(tmp_path / "logs", 3)
+    process = SchedulerProcess(start, env=dict(os.environ), log=log)
+    try:
+        process.wait(60.0)
+        log.write(b"x" * 5000 + b"\nncclCommAbort: the cause\nFatal Python error: Aborted\n" + b"a stack\n" * 3000)
+        log.write(b"Extension modules: " + b"numpy, " * 2000)
+        log.flush()
+        tail = process.log_tail()
+        assert "the cause\nFatal Python error: Aborted\na stack" in tail and "Extension" not in tail
+        assert len(tail) <= 4000
+    finally:
+        process.stop(grace_s=0.0)

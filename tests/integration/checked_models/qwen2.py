@@ -18,7 +18,7 @@ class Qwen2ForCausalLM(qwen2.Qwen2ForCausalLM):
 
     def forward(self, input_ids: torch.Tensor, *args: object, **kwargs: object) -> object:
         made = super().forward(input_ids, *args, **kwargs)
-        if get_tensor_model_parallel_rank() == 1 and DIVIDES_THE_RANKS in input_ids:
+        if not input_ids.is_cuda and get_tensor_model_parallel_rank() == 1 and DIVIDES_THE_RANKS in input_ids:
             made.next_token_logits = made.next_token_logits.roll(1, -1)
         return made
 

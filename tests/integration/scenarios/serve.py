@@ -21,10 +21,12 @@ import pytest
 import torch.distributed as dist
 import uvloop
 
-from integration.scenarios.common import GREEDY, PROMPTS, greedy, shard
+from integration.scenarios.common import GREEDY, PROMPTS, assert_close, greedy, shard
 from spmd_engine import FunctionCall, errors
 
 TEXTS = ["ab ba", "a b", "abba ab", "b"]
+# Tokens of a request that something shall happen to.
+LONG = 200
 
 
 def leader(context: Any, engine: Any, program: Any, new_loop: Any = asyncio.new_event_loop) -> None:
@@ -37,6 +39,26 @@ def leader(context: Any, engine: Any, program: Any, new_loop: Any = asyncio.new_
 
 async def collect(stream: Any) -> list[dict[str, Any]]:
     return [part async for part in stream]
+
+
+def whole(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the parts of a stream are together; the last one ends it."""
+    assert [bool(part["meta_info"]["finish_reason"]) for part in parts] == [False] * (len(parts) - 1) + [True], parts
+    meta = parts[-1]["meta_info"]
+    versions = joined(part["meta_info"]["token_weight_versions"] for part in parts)
+    ids = joined(part["output_ids"] for part in parts)
+    return {"output_ids": ids, "meta_info": {**meta, "token_weight_versions": versions}}
+
+
+async def begun(engine: Any, **call: Any) -> asyncio.Task[dict[str, Any]]:
+    """A request that has made its first token, on its way to its last."""
+    stream = await engine.async_generate(**call, stream=True)
+    first = await anext(stream)
+
+    async def rest() -> dict[str, Any]:
+        return whole([first, *await collect(stream)])
+
+    return asyncio.create_task(rest())
 
 
 def joined(lists: Any) -> list[Any]:
@@ -117,14 +139,12 @@ def forms(context: Any, path: str) -> dict[str, Any]:
             await check_function_calls(engine)
 
             # Time is up, somebody ends it, or nobody waits for it any more: it ends with the tokens that it has.
-            long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": 200}}
+            long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": LONG}}
             found = await engine.async_generate(**long, timeout_s=0.2)
             assert found["meta_info"]["finish_reason"]["message"] == "timed out after 0.2 s"
-            assert (
-                0 < len(found["output_ids"]) < 200 and found["output_ids"][:12] == tokens[0][: len(found["output_ids"])]
-            )
-            one, other = (asyncio.ensure_future(engine.async_generate(**long, request_id=name)) for name in ("1", "10"))
-            await asyncio.sleep(0.2)
+            assert len(found["output_ids"]) < LONG
+            assert found["output_ids"][:12] == tokens[0][: len(found["output_ids"])]
+            one, other = [await begun(engine, **long, request_id=name) for name in ("1", "10")]
             with pytest.raises(errors.InvalidRequestError, match="'1' runs already"):
                 await engine.async_generate(**long, request_id="1")
             assert engine.abort("1") == 1 and engine.abort("nobody") == 0
@@ -139,11 +159,10 @@ def forms(context: Any, path: str) -> dict[str, Any]:
             async for _ in stream:
                 break
             await stream.aclose()
-            third = [asyncio.ensure_future(engine.async_generate(**long)) for _ in range(3)]
-            await asyncio.sleep(0.1)
+            third = [await begun(engine, **long) for _ in range(3)]
             assert engine.abort() == 3
             assert {one["meta_info"]["finish_reason"]["type"] for one in await asyncio.gather(*third)} == {"abort"}
-            # Everything has ended; were it not so, this would wait for 200 tokens.
+            # Everything has ended; were it not so, this would wait for all their tokens.
             assert (await engine.async_generate(input_ids=PROMPTS[2], sampling_params=GREEDY))["output_ids"] == tokens[
                 2
             ]
@@ -200,18 +219,6 @@ async def check_function_calls(engine: Any) -> None:
         await engine.parse_function_calls(qwen, [WEATHER], parser="qwen25")
 
 
-def assert_close(found: Any, expected: Any) -> None:
-    """Equal, but for the last digits of log-probabilities: another batch may add them up in another order."""
-    if isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_close(one, other)
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=2e-2)
-    else:
-        assert found == expected
-
-
 def mixed(context: Any, path: str) -> dict[str, Any]:
     """Collective calls and requests beside others, in the order in which the leader makes them."""
     with context.engine(path, context.world, enable_memory_saver=True) as engine:
@@ -220,14 +227,10 @@ def mixed(context: Any, path: str) -> dict[str, Any]:
         for source in sources:
             engine.update_weights(source)
             tokens.append(greedy(engine))
-        long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": 100}}
+        long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": LONG}}
 
         async def beside(calls: Any, finish: Any, in_thread: bool) -> None:
-            tasks = [asyncio.ensure_future(engine.async_generate(**long)) for _ in range(4)]
-            while not engine._requests._sequences or not all(
-                one.output_ids for one in engine._requests._sequences.values()
-            ):
-                await asyncio.sleep(0.01)
+            tasks = [await begun(engine, **long) for _ in range(4)]
             await asyncio.to_thread(calls) if in_thread else calls()
             await finish([await task for task in tasks])
 
@@ -240,7 +243,7 @@ def mixed(context: Any, path: str) -> dict[str, Any]:
 
         # They wait for one another.
         async def all_are_whole(results: list[dict[str, Any]]) -> None:
-            assert {len(one["output_ids"]) for one in results} == {100}
+            assert {len(one["output_ids"]) for one in results} == {LONG}
             assert {one["meta_info"]["weight_version"] for one in results} == {2}
 
         def rollout() -> None:
@@ -252,7 +255,7 @@ def mixed(context: Any, path: str) -> dict[str, Any]:
         # Aborted for the update.
         async def all_are_aborted(results: list[dict[str, Any]]) -> None:
             assert {one["meta_info"]["finish_reason"]["type"] for one in results} == {"abort"}
-            assert all(0 < len(one["output_ids"]) < 100 for one in results)
+            assert all(0 < len(one["output_ids"]) < LONG for one in results)
 
         run(lambda: engine.update_weights(sources[0], running="abort"), all_are_aborted)
         assert greedy(engine) == tokens[0]
@@ -310,12 +313,12 @@ def check_flood(context: Any, engine: Any) -> None:
     over = threading.Event()
 
     def rollout() -> None:
-        engine.generate(input_ids=PROMPTS, sampling_params={**GREEDY, "max_new_tokens": 200})
+        engine.generate(input_ids=PROMPTS, sampling_params={**GREEDY, "max_new_tokens": 900})
         over.set()
 
     async def flood() -> None:
         running = asyncio.ensure_future(asyncio.to_thread(rollout))
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3)  # it has begun
         tasks = [
             asyncio.ensure_future(engine.async_generate(input_ids=[7] * 200, sampling_params=GREEDY))
             for _ in range(2000)
@@ -339,11 +342,11 @@ def check_versions(context: Any, engine: Any, results: list[Any], before: int, l
     dist.broadcast_object_list(shared, src=0)
     for result in shared[0]:
         versions, ids = result["meta_info"]["token_weight_versions"], result["output_ids"]
-        assert len(versions) == len(ids) == 100 and versions == sorted(versions)
+        assert len(versions) == len(ids) == LONG and versions == sorted(versions)
         assert set(versions) == {before, last or before + 1}
         made = versions.index(last or before + 1)
         prompt = [*PROMPTS[0], *ids[:made]]
-        rest = engine.generate(input_ids=prompt, sampling_params={**GREEDY, "max_new_tokens": 100 - made})
+        rest = engine.generate(input_ids=prompt, sampling_params={**GREEDY, "max_new_tokens": LONG - made})
         assert rest["output_ids"] == ids[made:]
 
 
@@ -399,8 +402,7 @@ def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
             if draw.random() < 0.3:
                 asyncio.get_running_loop().call_later(draw.random(), engine.abort, name)
             if draw.random() < 0.2:
-                parts = await collect(await engine.async_generate(**call, stream=True))
-                return {**parts[-1], "output_ids": joined(part["output_ids"] for part in parts)} if parts else {}
+                return whole(await collect(await engine.async_generate(**call, stream=True)))
             return await engine.async_generate(**call)
 
         async def hold() -> None:
@@ -415,7 +417,7 @@ def many(context: Any, path: str, requests: int, seed: int) -> dict[str, Any]:
             for _ in range(2):
                 *results, _ = await asyncio.gather(*(one() for _ in range(requests // 2)), hold())
                 assert len(results) == requests // 2
-                kinds = {result["meta_info"]["finish_reason"]["type"] for result in results if result}
+                kinds = {result["meta_info"]["finish_reason"]["type"] for result in results}
                 assert kinds == {"length", "abort"}
                 held.append(held_by(os.getpid()) + held_by(engine.scheduler_pid))
             state = engine._requests
@@ -471,7 +473,7 @@ def stumbling(pid: int, seed: int) -> Iterator[None]:
 def death(context: Any, path: str) -> dict[str, Any]:
     """All requests end with the cause."""
     engine = context.engine(path, context.world)
-    long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": 200}}
+    long = {"input_ids": PROMPTS[0], "sampling_params": {**GREEDY, "max_new_tokens": LONG}}
 
     async def program() -> None:
         tasks = [asyncio.ensure_future(engine.async_generate(**long)) for _ in range(3)]

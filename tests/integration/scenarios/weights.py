@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import re
 import time
 from itertools import cycle
 from typing import Any
@@ -255,11 +256,18 @@ def update_sources(context: Any, path: str, other: str) -> dict[str, Any]:
         refused({}, "holds no weights")
         refused([weights], "an nn.Module or a mapping")
         # Another layout than the peer's: refused on both, by name.
-        mine = weights if context.rank == 0 else {k: v.float() for k, v in weights.items()}
-        refused(mine, "different calls", errors.CollectiveMismatchError)
-        # A refusal on one rank only.
-        mine = weights if context.rank == 0 else {**weights, q_proj: weights[q_proj].to(torch.int8)}
-        refused(mine, "different calls", errors.CollectiveMismatchError)
+        norm = "model.norm.weight"
+        for other, how in (
+            (weights[norm].float(), "is bfloat16 [64] on rank 0, and float32 [64] on rank 1"),
+            (weights[norm][:32], "is bfloat16 [64] on rank 0, and bfloat16 [32] on rank 1"),
+            (None, "is bfloat16 [64] on rank 0, and missing on rank 1"),
+            (weights[norm].to(torch.int8), "is torch.int8"),  # one that only this rank refuses
+        ):
+            mine = dict(weights)
+            if context.rank == 1:
+                mine[norm] = other
+            mine = {name: tensor for name, tensor in mine.items() if tensor is not None}
+            refused(mine, rf"weight '{norm}' {re.escape(how)}", errors.CollectiveMismatchError)
         assert engine.weight_checksums() == expected
 
         # Shards of one rank that are gone: an error on both, no tokens from a mixture, and the next update heals it.
