@@ -30,6 +30,18 @@ _CAUSE_S = 3.0
 _LOOK_S = 0.5
 
 
+class KnownToAllError(Exception):
+    """What all ranks of the replica know: no call need tell them.
+
+    Attributes:
+        error: of the engine.
+    """
+
+    def __init__(self, error: SpmdEngineError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Caller:
     """One call at a time from this trainer rank to its scheduler process.
 
@@ -76,7 +88,7 @@ class Caller:
 
         Args:
             kind: of the call.
-            prepare: builds the arguments, and a line for messages.
+            prepare: builds the arguments, and a line for messages. It may `agree` with the other ranks.
             as_payload, as_digest: what of them is sent, and what all ranks must have in common; by default all.
             refusal_payload: what is sent if `prepare` raises.
             notice: a message for the scheduler process, sent before `prepare` begins.
@@ -93,7 +105,8 @@ class Caller:
             stack.enter_context(tracing.span(kind))
             self.seq += 1
             refusal: Exception | None = None
-            made, payload = None, None
+            known: SpmdEngineError | None = None
+            made, payload, reply = None, None, None
             try:
                 self.before_send()
                 if notice is not None:
@@ -102,6 +115,8 @@ class Caller:
                     with tracing.span(prepare_span):
                         made, summary = prepare()
                     payload = as_payload(made)
+                except KnownToAllError as error:
+                    known = error.error
                 except CollectiveTimeoutError as error:
                     self.fail(error)
                 except ChannelTimeout:
@@ -112,26 +127,55 @@ class Caller:
                         raise
                     refusal, summary = error, f"{kind}(...) refused: {type(error).__name__}: {error}"
                     payload = refusal_payload()
-                call = Call(
-                    seq=self.seq,
-                    kind="refused" if refusal else kind,
-                    payload=payload,
-                    digest=digest(["refused", kind] if refusal else [kind, (as_digest or as_payload)(made)]),
-                    summary=summary,
-                    overlapped=overlapped,
-                    timeout_s=self.timeout_s,
-                    is_traced=tracing.is_recording(),
-                )
-                reply = self._exchange(call, kind, spin_s)
+                if known is None:
+                    call = Call(
+                        seq=self.seq,
+                        kind="refused" if refusal else kind,
+                        payload=payload,
+                        digest=digest(["refused", kind] if refusal else [kind, (as_digest or as_payload)(made)]),
+                        summary=summary,
+                        overlapped=overlapped,
+                        timeout_s=self.timeout_s,
+                        is_traced=tracing.is_recording(),
+                    )
+                    reply = self._exchange(call, kind, spin_s)
             except BaseException as error:
                 if self._dead is None:
                     self._interrupted(kind, error)
                 raise
+            if known is not None:
+                raise known
+            assert reply is not None
             if reply.error is not None:
                 raise reply.error.to_exception()
             if refusal is not None:
                 raise refusal
             return made, reply.value
+
+    def agree(self, summary: str, running: str) -> None:
+        """Within `prepare`: wait until all ranks of the replica are there, before this one waits for ranks of others.
+
+        Args:
+            summary: of the call, for messages.
+            running: what becomes of requests that run; see `SpmdEngine.update_weights`.
+
+        Raises:
+            KnownToAllError: they are not: another rank made another call.
+        """
+        self.seq += 1
+        call = Call(
+            seq=self.seq,
+            kind="agree",
+            payload={"running": running},
+            digest=digest(["agree", running]),
+            summary=summary,
+            overlapped=False,
+            timeout_s=self.timeout_s,
+            is_traced=False,
+        )
+        reply = self._exchange(call, summary, 0.0)
+        if reply.error is not None:
+            raise KnownToAllError(reply.error.to_exception())
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[int]:

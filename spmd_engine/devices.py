@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from spmd_engine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def own_gpu(index: int, environ: Mapping[str, str]) -> dict[str, str]:
@@ -19,6 +22,11 @@ def own_gpu(index: int, environ: Mapping[str, str]) -> dict[str, str]:
     """
     import torch
 
+    if index == 0 and environ.get("LOCAL_RANK", "0") != "0" and torch.cuda.device_count() > 1:
+        logger.warning(
+            "local rank %s makes its SpmdEngine on the first of %d GPUs: call torch.cuda.set_device(local_rank) before "
+            "it, in the same thread", environ["LOCAL_RANK"], torch.cuda.device_count(),
+        )  # fmt: skip
     names = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return {
         "uuid": f"GPU-{torch.cuda.get_device_properties(index).uuid}",

@@ -235,9 +235,7 @@ class SpmdEngine(LeaderCalls):
         def prepare() -> tuple[Any, str]:
             if running not in _RUNNING:
                 raise InvalidRequestError(f"running must be one of {list(_RUNNING)}, got {running!r}")
-            made = self._updates.prepare(
-                source, verify=verify, running=running, rename=rename, watch=self._caller.check_failed
-            )
+            made = self._updates.prepare(source, verify=verify, running=running, rename=rename, caller=self._caller)
             return made, f"update_weights({made.summary})"
 
         made, value = self._caller.call(
@@ -286,9 +284,7 @@ class SpmdEngine(LeaderCalls):
         """
 
         def prepare() -> tuple[Any, str]:
-            described, payload, summary = self._updates.prepare_survey(
-                source, rename=rename, watch=self._caller.check_failed
-            )
+            described, payload, summary = self._updates.prepare_survey(source, rename=rename, caller=self._caller)
             return (described.layout, payload), f"explain({summary})"
 
         (layout, payload), found = self._caller.call(

@@ -14,7 +14,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from spmd_engine.channel import LinkAddress, spin
@@ -28,6 +28,8 @@ _HELLO_S = 5.0
 _KEEPALIVE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
 _CUT_OFF = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 Frame = tuple[dict[str, Any], bytes]
+#: A file descriptor, and what is called whenever it is readable.
+Beside = tuple[int, Callable[[], None]]
 
 
 class PeerGone(Exception):
@@ -104,6 +106,10 @@ def _read(sock: socket.socket, size: int, deadline: float | None) -> bytes:
             raise EOFError
         view = view[count:]
     return bytes(buffer)
+
+
+def _milliseconds_until(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic()) * 1000
 
 
 class _Lives:
@@ -223,13 +229,20 @@ class Links:
         self._pollers[rank].register(sock, select.POLLIN)
 
     def exchange(
-        self, header: dict[str, Any], blob: bytes = b"", *, timeout_s: float, spin_s: float = 0.0
+        self,
+        header: dict[str, Any],
+        blob: bytes = b"",
+        *,
+        timeout_s: float,
+        spin_s: float = 0.0,
+        beside: Beside | None = None,
     ) -> list[Frame]:
         """All-gather: every member's frame, in the order of `ranks`. Also a barrier.
 
         Args:
             timeout_s: how long to wait for the others.
             spin_s: how much of that without going to sleep.
+            beside: what else to read while waiting.
 
         Raises:
             LinkTimeout: a member did not come within `timeout_s` seconds.
@@ -241,7 +254,7 @@ class Links:
         deadline = time.monotonic() + timeout_s
         if self.rank != self.hub:
             self._send(self.hub, frame({"after": self._told, "header": header}, blob))
-            merged, payload = self._recv(self.hub, deadline, timeout_s, spin_s)
+            merged, payload = self._recv(self.hub, deadline, timeout_s, spin_s, beside)
             if "headers" not in merged:
                 self._told += 1
                 raise Interjection((merged, payload))
@@ -252,9 +265,9 @@ class Links:
             return frames
         frames = [(header, blob)]
         for member in self.ranks[1:]:
-            sent, data = self._recv(member, deadline, timeout_s, spin_s)
+            sent, data = self._recv(member, deadline, timeout_s, spin_s, beside)
             while sent["after"] != self._told:  # it had not heard yet what it should know
-                sent, data = self._recv(member, deadline, timeout_s, spin_s)
+                sent, data = self._recv(member, deadline, timeout_s, spin_s, beside)
             frames.append((sent["header"], data))
         merged = {"headers": [h for h, _ in frames], "sizes": [len(b) for _, b in frames]}
         answer = frame(merged, b"".join(b for _, b in frames))
@@ -280,7 +293,7 @@ class Links:
         Raises:
             LinkTimeout, PeerGone: see `exchange`.
         """
-        found = self._recv(self.hub, time.monotonic() + timeout_s, timeout_s, 0.0)
+        found = self._recv(self.hub, time.monotonic() + timeout_s, timeout_s)
         self._told += 1
         return found
 
@@ -290,11 +303,21 @@ class Links:
         except OSError:
             raise PeerGone(member) from None
 
-    def _recv(self, member: int, deadline: float, timeout_s: float, spin_s: float) -> Frame:
-        sock = self.data[member]
+    def _recv(
+        self, member: int, deadline: float, timeout_s: float, spin_s: float = 0.0, beside: Beside | None = None
+    ) -> Frame:
+        sock, poller = self.data[member], self._pollers[member]
         # Poll first: a timeout in the middle of a frame would lose the stream.
-        if not spin(sock, spin_s) and not self._pollers[member].poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise LinkTimeout(member, timeout_s)
+        if not spin(sock, spin_s):
+            if beside is not None:
+                poller = select.poll()
+                poller.register(sock, select.POLLIN)
+                poller.register(beside[0], select.POLLIN)
+            while sock.fileno() not in (ready := [fd for fd, _ in poller.poll(_milliseconds_until(deadline))]):
+                if not ready:
+                    raise LinkTimeout(member, timeout_s)
+                assert beside is not None
+                beside[1]()
         try:
             return recv_frame(sock)
         except (EOFError, OSError):

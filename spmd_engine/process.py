@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -20,14 +21,22 @@ from typing import IO, Any
 from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Shutdown, Start
 from spmd_engine.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 LOG_TAIL_BYTES = 4000
 # How a process that crashes begins; stacks of all its threads, and a list of all its modules, follow.
 _CRASHES = ("terminate called", "Fatal Python error")
 _CRASH_BYTES = 64 << 10
+# Launchers and Ctrl-C send these to whole process groups: what they mean for the engine is the trainer rank's choice.
+FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_KILL_S = 30.0
 _LAUNCHER_VARIABLES = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK",
     "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
     "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", "SGLANG_DP_RANK", "SGLANG_USE_CPU_ENGINE", "SGLANG_PLATFORM",
+}  # fmt: skip
+_TIMEOUTS = {
+    "SGLANG_REQ_WAITING_TIMEOUT", "SGLANG_REQ_RUNNING_TIMEOUT", "SGLANG_QUEUED_TIMEOUT_MS", "SGLANG_FORWARD_TIMEOUT_MS",
 }  # fmt: skip
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -73,6 +82,8 @@ def child_environment(
     env = with_this_package(env)
     # What SGLang leaves behind in the temporary directory goes with the engine.
     env["TMPDIR"] = scratch
+    # Each rank would end requests by a clock of its own.
+    env = {name: value for name, value in env.items() if name not in _TIMEOUTS}
     # It takes shared memory and a process of its own, for broadcasts that no scheduler of ours makes.
     env["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
     if interface:
@@ -142,9 +153,9 @@ class ProcessDied(Exception):
 
 
 @contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Ctrl-C reaches the whole process group: a process started in here does not hear it until it has chosen to."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _blocked() -> Iterator[None]:
+    """A process that is started in here does not hear `FOR_THE_TRAINER` until it has chosen to."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
     try:
         yield
     finally:
@@ -170,7 +181,7 @@ class SchedulerProcess:
         # -P: a package of the same name in the working directory is not ours.
         command = [sys.executable, "-P", "-m", "spmd_engine.scheduler", str(theirs.fileno())]
         try:
-            with _sigint_blocked():
+            with _blocked():
                 self._popen = subprocess.Popen(
                     command,
                     env=env,
@@ -244,18 +255,20 @@ class SchedulerProcess:
         return ""
 
     def stop(self, *, grace_s: float) -> None:
-        """End the process: asked first, killed after `grace_s` seconds. Safe to call again."""
+        """End the process: asked first, killed after `grace_s` seconds. Safe to call again.
+
+        One that hangs in a call of the kernel, of the GPU's driver, say, is left behind.
+        """
         if os.getpid() != self._owner_pid:  # a forked copy of the trainer must not end its parent's engine
             return
         if self._popen.poll() is None and grace_s > 0:
             with contextlib.suppress(ChannelClosed, ChannelTimeout):
                 self.channel.send(Shutdown(), timeout_s=grace_s)
-            if self.wait(grace_s) is None:
-                self._popen.send_signal(signal.SIGTERM)
-                self.wait(1.0)
+            self.wait(grace_s)
         if self._popen.poll() is None:
             self._popen.kill()
-        self._popen.wait()
+        if self.wait(_KILL_S) is None:
+            logger.error("rank %d: scheduler process %d does not end: it hangs in the kernel", self.rank, self.pid)
         shutil.rmtree(self._scratch, ignore_errors=True)
         self.channel.close()
         self.log.close()

@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,19 @@ import torch.distributed as dist
 
 from spmd_engine import links
 from spmd_engine.channel import LinkAddress
-from spmd_engine.errors import CollectiveTimeoutError, ConfigError, ErrorReport, SchedulerDiedError
+from spmd_engine.errors import (
+    CollectiveTimeoutError,
+    ConfigError,
+    ErrorReport,
+    SchedulerDiedError,
+    SpmdEngineError,
+)
 
 _SIOCGIFADDR = 0x8915
 _POLL_S = 0.005
 _STORE_S = 5.0
-_counters: dict[str, int] = {}
+# How many meetings of each name there were in a store.
+_counters: weakref.WeakKeyDictionary[dist.Store, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
 def node_identity() -> str:
@@ -103,7 +111,8 @@ class Rendezvous:
         self.ranks, self.rank = ranks, rank
         self._name = f"spmd_engine/{purpose}/{digest_ranks(ranks)}"
         self._root = dist.distributed_c10d._get_default_store()
-        self._number = _counters.get(self._name, 0)
+        self._counters = _counters.setdefault(self._root, {})
+        self._number = self._counters.get(self._name, 0)
         #: Address of this host on the way to the others: loopback when the job has one node, as MASTER_ADDR then says.
         self.host = _own_address(self._root)
 
@@ -168,7 +177,7 @@ class Rendezvous:
             if outcome["met"]:  # the others have found all of them meanwhile
                 notes = self._gather(_STORE_S, lambda: None)
         finally:
-            _counters[self._name] = self._number + 1
+            self._counters[self._name] = self._number + 1
         self._raise_if_given_up(outcome)
         return notes
 
@@ -201,8 +210,27 @@ class Rendezvous:
             notes.append(found)
         return notes
 
+    def give_up(self, error: SpmdEngineError, mates: tuple[int, ...]) -> None:
+        """Do not come to the meeting that the others may wait in: they hear why.
+
+        Args:
+            mates: ranks that give it up for the same reason, this one included.
+        """
+        while (found := self.poll("outcome")) is not None:
+            if found.get("rank") in mates and found.get("message") == str(error):
+                break
+            self._number += 1
+        else:
+            self._decide({"met": False, "kind": type(error).__name__, "message": str(error), "rank": self.rank})
+        self._counters[self._name] = self._number + 1
+
     def meet(self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None]) -> Meeting:
-        """Exchange notes and agree on a link address; on the hub the returned link holds the listening socket."""
+        """Exchange notes and agree on a link address; on the hub the returned link holds the listening socket.
+
+        Raises:
+            ConfigError: on all ranks; they are on several nodes, and the hub has no address that others can reach.
+            CollectiveTimeoutError, SchedulerDiedError, SpmdEngineError: see `_collect`.
+        """
         hub = self.rank == self.ranks[0]
         posted = {**note, "node": node_identity(), "host": self.host, "pid": os.getpid()}
         listener = None
@@ -211,6 +239,7 @@ class Rendezvous:
             posted["link"] = {"port": listener.getsockname()[1], "token": secrets.token_hex(16)}
         try:
             notes = self._collect(posted, timeout_s, watch)
+            check_reachable(self.ranks, notes)
         except BaseException:
             if listener is not None:
                 listener.close()
@@ -227,6 +256,17 @@ class Rendezvous:
             trainers=trainers,
         )
         return Meeting(notes=notes, link=link)
+
+
+def check_reachable(ranks: tuple[int, ...], notes: list[dict[str, Any]]) -> None:
+    """Raise if the ranks are on several nodes, and the first of them has no address that others can reach."""
+    host, nodes = notes[0]["host"], {note["node"] for note in notes}
+    if len(nodes) > 1 and ipaddress.ip_address(host).is_loopback:
+        raise ConfigError(
+            f"the ranks {list(ranks)} are on {len(nodes)} nodes, but rank {ranks[0]} knows its node only by the "
+            f"loopback address {host}: set MASTER_ADDR to an address that all nodes can reach, not to a name that "
+            "/etc/hosts gives a loopback address"
+        )
 
 
 def _own_address(store: dist.Store) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import secrets
 import socket
@@ -33,6 +32,8 @@ _OWN_ARGS = {
 }  # fmt: skip
 _MAX_S = 2_000_000  # poll(2) counts milliseconds in 32 bits
 _REFUSAL_S = 60.0
+# A Unix socket's name has 107 bytes; those of torch's symmetric memory take up to 17 below the directory.
+_LONGEST_SCRATCH = 90
 _ONLY_ONE = ("dp_size", "pp_size")
 
 
@@ -55,12 +56,16 @@ def mesh_ranks(mesh: DeviceMesh) -> tuple[tuple[int, ...], int]:
     return ranks, ranks.index(dist.get_rank())
 
 
-def shared_scratch(token: str) -> str:
+def shared_scratch(token: str, base: str, *, on_cpu: bool) -> str:
     """The temporary directory of a replica's processes on this node; whoever ends first removes it.
 
-    It is one for all of them because torch's symmetric memory, which SGLang's custom all-reduce uses, meets there.
+    It is one for all of them because torch's symmetric memory, which SGLang's custom all-reduce uses on GPUs, meets
+    there: at sockets, whose names must not be long.
     """
-    path = os.path.join(tempfile.gettempdir(), f"spmd-engine-{digest(token)[:16]}")
+    name = f"spmd-engine-{digest(token)[:16]}"
+    path = os.path.join(base, name)
+    if not on_cpu and len(os.fsencode(path)) > _LONGEST_SCRATCH:
+        path = os.path.join("/tmp", name)
     os.makedirs(path, mode=0o700, exist_ok=True)
     if os.lstat(path).st_uid != os.getuid():
         raise ConfigError(f"{path} belongs to another user")
@@ -117,6 +122,7 @@ class Startup:
         """
         given = {"model_path": self._model_path, **self._server_args}
         note: dict[str, Any] = {"digest": digest(given), "arguments": repr(given)[:500], "refusal": None, "gpu": None}
+        note["tmp"] = tempfile.gettempdir()
         note.update(version=self.weight_version, is_restart=self._is_restart)
         refusal: ConfigError | None = None
         log: IO[bytes] | None = None
@@ -145,7 +151,7 @@ class Startup:
             _check_agreement(self._ranks, meeting, refusal)
             here = [i for i, note in enumerate(meeting.notes) if note["node"] == node_identity()]
             gpus = visible_gpus([self._ranks[i] for i in here], [meeting.notes[i]["gpu"] for i in here])
-            scratch = shared_scratch(meeting.link.token)
+            scratch = shared_scratch(meeting.link.token, meeting.notes[here[0]]["tmp"], on_cpu=self.on_cpu)
             undo.pop_all()
         self.weight_version = max(note["version"] for note in meeting.notes)
         self._is_restart = any(note["is_restart"] for note in meeting.notes)
@@ -238,12 +244,6 @@ def _check_agreement(ranks: tuple[int, ...], meeting: Meeting, refusal: ConfigEr
         raise ConfigError(
             f"the ranks {list(ranks)} of one replica are on {len(per_node)} nodes, {sorted(per_node.values())} of them "
             "on each: SGLang needs equally many on every node"
-        )
-    if len(per_node) > 1 and ipaddress.ip_address(meeting.link.host).is_loopback:
-        raise ConfigError(
-            f"the ranks {list(ranks)} of one replica are on {len(per_node)} nodes, but rank {ranks[0]} knows its node "
-            f"only by the loopback address {meeting.link.host}: set MASTER_ADDR to an address that all nodes can "
-            "reach, not to a name that /etc/hosts gives a loopback address"
         )
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from spmd_engine import _native
+from spmd_engine.caller import Caller, KnownToAllError
 from spmd_engine.channel import Descriptors
 from spmd_engine.digest import digest
 from spmd_engine.errors import PlanError, TransferError
@@ -70,17 +71,18 @@ class WeightUpdates:
         verify: bool,
         running: str,
         rename: Rename | None,
-        watch: Callable[[], None],
+        caller: Caller,
     ) -> UpdateRequest:
         """Describe `source` for the scheduler process. Arguments as for `SpmdEngine.update_weights`.
 
         Raises:
+            KnownToAllError: another rank of the replica made another call.
             PlanError: see `sources.SourceReader.read`; or the shards' memory cannot be shared between processes.
             TransferError: the scheduler process did not take the memory's file descriptors.
             CollectiveTimeoutError: a rank that holds shards did not come to the first update.
         """
         began = time.monotonic()
-        described, memory = self._meet(source, rename, self._export, watch)
+        described, memory = self._meet("update_weights", source, rename, self._export, caller, running)
         key = self._key_of(described)
         moved = self._last is None or self._last[0] != key or not memory.same_as(self._last[1])
         # Until this update commits: the scheduler process may take the new places and then refuse the update.
@@ -108,15 +110,16 @@ class WeightUpdates:
         source: torch.nn.Module | Mapping[str, torch.Tensor],
         *,
         rename: Rename | None,
-        watch: Callable[[], None],
+        caller: Caller,
     ) -> tuple[Source, dict[str, Any], str]:
         """Describe `source`, and what an explanation needs besides: the description, the payload and a summary.
 
         Raises:
+            KnownToAllError: another rank of the replica made another call.
             PlanError: see `sources.SourceReader.read`.
             CollectiveTimeoutError: a rank that holds shards did not come to the first call.
         """
-        described, _ = self._meet(source, rename, lambda _: None, watch)
+        described, _ = self._meet("explain", source, rename, lambda _: None, caller)
         key = self._key_of(described)
         payload = {
             "ranks": self.last_ranks,
@@ -129,10 +132,12 @@ class WeightUpdates:
 
     def _meet(
         self,
+        what: str,
         source: torch.nn.Module | Mapping[str, torch.Tensor],
         rename: Rename | None,
         make: Callable[[Source], T],
-        watch: Callable[[], None],
+        caller: Caller,
+        running: str = "wait",
     ) -> tuple[Source, T]:
         """Describe `source`, make something of the description, and link the ranks that hold shards.
 
@@ -149,8 +154,10 @@ class WeightUpdates:
             refusal, holders = error, _holders_of(source)
         ranks = tuple(sorted({*self._replica, *holders}))
         self.last_ranks = self._replica if set(ranks) == set(self._replica) else ranks
-        # Ranks of other replicas may be waiting to link: they must hear of a refusal, too.
-        self._link(self.last_ranks, refusal, watch)
+        if self.last_ranks not in self._linked:
+            why = "for the first time" if refusal is None else f"refused: {type(refusal).__name__}: {refusal}"
+            # Ranks of other replicas may be waiting to link: they must hear of a refusal, too.
+            self._link(self.last_ranks, refusal, caller, f"{what}(...) {why}", running)
         if done is None:
             assert refusal is not None
             raise refusal
@@ -165,12 +172,18 @@ class WeightUpdates:
         self._known.add(request.payload["key"])
         self._last = (request.payload["key"], request.memory)
 
-    def _link(self, ranks: tuple[int, ...], refusal: Exception | None, watch: Callable[[], None]) -> None:
+    def _link(
+        self, ranks: tuple[int, ...], refusal: Exception | None, caller: Caller, summary: str, running: str
+    ) -> None:
         """Connect the scheduler processes of all ranks that hold shards, once for each set of ranks."""
-        if ranks in self._linked:
-            return
+        rendezvous = Rendezvous(ranks, self._rank, "update")
+        try:
+            caller.agree(summary, running)
+        except KnownToAllError as known:
+            rendezvous.give_up(known.error, self._replica)
+            raise
         note = {"refusal": None if refusal is None else f"{type(refusal).__name__}: {refusal}"}
-        meeting = Rendezvous(ranks, self._rank, "update").meet(note, timeout_s=self._timeout_s, watch=watch)
+        meeting = rendezvous.meet(note, timeout_s=self._timeout_s, watch=caller.check_failed)
         fd = meeting.link.listener_fd
         try:
             self._process.send(meeting.link, fds=(fd,) if fd >= 0 else ())

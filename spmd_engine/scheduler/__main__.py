@@ -14,6 +14,7 @@ from typing import Any
 from spmd_engine.channel import PROTOCOL, Channel, Ready, Start
 from spmd_engine.errors import ErrorReport, SpmdEngineError
 from spmd_engine.links import Links, LinkTimeout, PeerGone
+from spmd_engine.process import FOR_THE_TRAINER
 from spmd_engine.scheduler.watchdog import Watchdog
 
 # When a peer dies, SGLang's collectives raise here at the same time as the watchdog hears of the cause.
@@ -34,9 +35,9 @@ class _LossyFile(io.FileIO):
 
 def main() -> None:
     sys.stdout, sys.stderr = (io.TextIOWrapper(_LossyFile(fd, "w", closefd=False), write_through=True) for fd in (1, 2))  # type: ignore[type-var]
-    # Ctrl-C, blocked so far, reaches the whole process group; the trainer rank decides what it means for the engine.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for number in FOR_THE_TRAINER:  # blocked so far
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_TRAINER)
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
     channel = Channel(sock)

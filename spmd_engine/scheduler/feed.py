@@ -101,16 +101,16 @@ class Feed:
             item = self._next_call()
             if isinstance(item, Ticket):
                 return self._service.apply(item)
-            self._pending = None
             try:
                 batch = self._perform(item)
             except Interjection as first:
-                self._pending = item
                 return self._service.apply(_as_ticket(first.frame))
             except SpmdEngineError as error:
+                self._pending = None
                 self._weights.withdraw()
                 self._reply(item, error=ErrorReport(type(error).__name__, str(error), self._start.rank))
                 continue
+            self._pending = None
             self._weights.withdraw()
             if batch is not None:
                 self._running = item
@@ -148,7 +148,7 @@ class Feed:
     def _hold(self, call: Call) -> None:
         """Keep a collective call until no request runs; an update may say that they shall not run that long."""
         self._pending, self._is_coming = call, False
-        if call.kind == "update_weights" and self._is_hub:
+        if call.kind in ("agree", "update_weights") and self._is_hub:
             self._service.make_way(call.payload["running"])
 
     # ---- one call ----
@@ -246,6 +246,9 @@ class Feed:
             raise error.to_exception()
         if call.kind == "refused":
             self._reply(call)  # the trainer rank knows its own error
+            return None
+        if call.kind == "agree":
+            self._reply(call)
             return None
         if call.kind != "update_weights":
             self._enter(call, "run")
@@ -363,8 +366,10 @@ class Feed:
 
     def _exchange(self, ranks: tuple[int, ...], header: dict[str, Any], blob: bytes, call: Call) -> list[Frame]:
         spin_s = self._spin_s if call.kind == "update_weights" else 0.0
+        # Requests that come meanwhile are read: the trainer's event loop must not wait for room.
+        beside = (self._channel.fileno(), self._take_message) if self._is_hub else None
         try:
-            return self._links[ranks].exchange(header, blob, timeout_s=call.timeout_s, spin_s=spin_s)
+            return self._links[ranks].exchange(header, blob, timeout_s=call.timeout_s, spin_s=spin_s, beside=beside)
         except (PeerGone, LinkTimeout) as error:
             self._broken(error, call.summary)
 

@@ -65,6 +65,7 @@ def test_child_environment_leaves_the_launcher_out():
         "MASTER_ADDR": "h",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "LOCAL_RANK": "1",
+        "SGLANG_REQ_WAITING_TIMEOUT": "5",
     }
     made = make({**launcher, "PATH": "/bin", "NCCL_DEBUG": "INFO"})
     assert not launcher.keys() & made.keys()

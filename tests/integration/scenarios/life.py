@@ -64,6 +64,10 @@ def purity(context: Any, path: str) -> dict[str, Any]:
     assert [child.pid for child in children] == [engine.scheduler_pid], children
     assert exposure.listening(os.getpid()) == listening
     exposure.check(engine.scheduler_pid, logs=logs)
+    # What a launcher sends to the whole process group is for the trainer alone.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(engine.scheduler_pid, number)
+    greedy(engine)
     engine.shutdown()
     after = state()
     assert {k for k in before if before[k] != after[k]} == set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import json
 import os
 import random
@@ -294,6 +295,7 @@ def mixed(context: Any, path: str) -> dict[str, Any]:
         expected = 5 * len(PROMPTS) + 2 * 4 + (20 if engine.is_leader else 0)
         assert engine.stats().sequences == expected
         check_flood(context, engine)
+        check_skew(engine, sources[0])
         check_poll(engine)
     return {}
 
@@ -319,12 +321,7 @@ def check_flood(context: Any, engine: Any) -> None:
     async def flood() -> None:
         running = asyncio.ensure_future(asyncio.to_thread(rollout))
         await asyncio.sleep(0.3)  # it has begun
-        tasks = [
-            asyncio.ensure_future(engine.async_generate(input_ids=[7] * 200, sampling_params=GREEDY))
-            for _ in range(2000)
-        ]
-        while engine._requests._outbox or len(engine._requests._sequences) < len(tasks):
-            await asyncio.sleep(0)
+        tasks = await submitted(engine, 2000)
         assert not over.is_set()
         assert engine.abort() == len(tasks)
         results = await asyncio.gather(*tasks)
@@ -333,6 +330,38 @@ def check_flood(context: Any, engine: Any) -> None:
         await running
 
     asyncio.run(flood()) if engine.is_leader else rollout()
+    dist.barrier()
+
+
+async def submitted(engine: Any, count: int) -> list[asyncio.Task[Any]]:
+    """Requests that have all left this process, without a wait of the event loop: more than fits into the channel."""
+    prompt = [7] * (400_000 // count)
+    tasks = [
+        asyncio.ensure_future(engine.async_generate(input_ids=prompt, sampling_params=GREEDY)) for _ in range(count)
+    ]
+    while engine._requests._outbox or len(engine._requests._sequences) < count:
+        await asyncio.sleep(0)
+    return tasks
+
+
+def check_skew(engine: Any, source: Any) -> None:
+    """The same while an update waits for a rank that does not come before all requests have left."""
+    store = dist.distributed_c10d._get_default_store()
+
+    async def flood() -> None:
+        running = asyncio.ensure_future(asyncio.to_thread(engine.update_weights, source))
+        await asyncio.sleep(0.3)
+        tasks = await submitted(engine, 400)
+        store.set("all have left", "")
+        await running
+        assert engine.abort() == len(tasks)
+        await asyncio.gather(*tasks)
+
+    if engine.is_leader:
+        asyncio.run(flood())
+    else:
+        store.wait(["all have left"], datetime.timedelta(seconds=60))
+        engine.update_weights(source)
     dist.barrier()
 
 
@@ -354,6 +383,9 @@ def replicas(context: Any, path: str) -> dict[str, Any]:
     """Two replicas over one trainer: followers go straight to the update, while their leaders still have requests."""
     engine = context.engine(path, 2, timeout_s=60.0)
     model = shard(models.make_model("qwen2", seed=2), context.world)
+    # Before the replicas have met: the one where the ranks differ tells the other.
+    with pytest.raises(errors.CollectiveMismatchError, match=r"rank 0: update_weights.*rank 1: generate"):
+        engine.generate(input_ids=[1]) if context.rank == 1 else engine.update_weights(model)
 
     async def rollout() -> None:
         for _ in range(3):  # with gaps in between
