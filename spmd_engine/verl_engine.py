@@ -72,7 +72,7 @@ class VerlEngine(SpmdEngine):
         """As `SpmdEngine.generate`, with the order of arguments that `VerlEngine.generate` had.
 
         Args:
-            image_data, lora_path, custom_logit_processor: must be None, or lists of None.
+            image_data: must be None, or a list of None, like `lora_path` and `custom_logit_processor`.
 
         Raises:
             InvalidRequestError: one of those is given; and all that `SpmdEngine.generate` raises.

@@ -15,6 +15,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from gpu.worker import SHAPE
 
 from spmd_engine import _native
 
@@ -30,7 +31,6 @@ two_gpus = [
     pytest.mark.multigpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 512, "head_dim": 64}
 
 
 def run_ranks(

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models
+from integration.scenarios.common import GREEDY, greedy
 
 from spmd_engine import SpmdEngine, errors
 
@@ -36,17 +37,11 @@ SERVER_ARGS = {
 }
 # Large enough for SGLang's GPU kernels.
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 512, "head_dim": 64}
-PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 100, 200], list(range(20, 60))]
-GREEDY = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
 
 
 def make_engine(path: str, tp: int, **server_args: Any) -> SpmdEngine:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // tp, tp), mesh_dim_names=("dp", "tp"))["tp"]
     return SpmdEngine(path, device_mesh_cpu=mesh, **{**SERVER_ARGS, **server_args})
-
-
-def greedy(engine: SpmdEngine) -> list[list[int]]:
-    return [output["output_ids"] for output in engine.generate(input_ids=PROMPTS, sampling_params=GREEDY)]
 
 
 def make_trainer(name: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:

@@ -10,6 +10,7 @@ import shlex
 import pytest
 from documentation import PAGES, ROOT, blocks
 
+import spmd_engine
 from spmd_engine import SpmdEngine, cli, errors
 
 # Every command in the documentation, by its first words, and what runs it.
@@ -59,6 +60,13 @@ def test_code_names_what_exists(text):
             assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("engine", "self.engine"):
             assert hasattr(SpmdEngine, node.attr), ast.unparse(node)
+
+
+def test_the_reference_has_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text()
+    for name in set(spmd_engine.__all__) - {"__version__"}:
+        module = getattr(spmd_engine, name).__module__
+        assert re.search(rf"^::: {module}(\.{name})?$", text, re.M), f"{module}.{name}"
 
 
 def test_errors_of_the_failure_guide_exist():
