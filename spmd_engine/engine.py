@@ -15,14 +15,14 @@ from spmd_engine import tracing
 from spmd_engine.async_requests import AsyncRequests
 from spmd_engine.caller import Caller
 from spmd_engine.channel import Coming
-from spmd_engine.errors import MEMORY_TAGS, InvalidRequestError, MemoryOccupationError
+from spmd_engine.errors import MEMORY_TAGS, InvalidRequestError, MemoryNotOfferedError, MemoryOccupationError
 from spmd_engine.explain import LinkSpeeds, PlanReport, make_report
 from spmd_engine.leader import LeaderCalls
 from spmd_engine.plan import numbered
 from spmd_engine.requests import GenerateOptions
 from spmd_engine.startup import Startup, mesh_ranks
 from spmd_engine.stats import EngineStats, UpdateStats
-from spmd_engine.updates import WeightUpdates
+from spmd_engine.updates import UpdateRequest, WeightUpdates
 from spmd_engine.wants import from_plain
 
 if TYPE_CHECKING:
@@ -238,22 +238,28 @@ class SpmdEngine(LeaderCalls):
             made = self._updates.prepare(source, verify=verify, running=running, rename=rename, caller=self._caller)
             return made, f"update_weights({made.summary})"
 
-        made, value = self._caller.call(
-            "update_weights",
-            prepare,
-            as_payload=lambda m: m.payload,
-            as_digest=lambda m: m.agreed,
-            refusal_payload=lambda: {"ranks": self._updates.last_ranks},
-            notice=Coming(),
-            prepare_span="describe",
-            spin_s=self._spin_s,
-        )
+        def update() -> tuple[UpdateRequest, UpdateStats]:
+            return self._caller.call(
+                "update_weights",
+                prepare,
+                as_payload=lambda m: m.payload,
+                as_digest=lambda m: m.agreed,
+                refusal_payload=lambda: {"ranks": self._updates.last_ranks},
+                notice=Coming(),
+                prepare_span="describe",
+                spin_s=self._spin_s,
+            )
+
+        try:
+            made, value = update()
+        except MemoryNotOfferedError:
+            made, value = update()
         self._updates.committed(made)
-        update: UpdateStats = replace(value, describe_s=made.describe_s, total_s=time.monotonic() - started)
-        self._stats = self._stats.with_update(update)
+        stats = replace(value, describe_s=made.describe_s, total_s=time.monotonic() - started)
+        self._stats = self._stats.with_update(stats)
         if logger.isEnabledFor(logging.DEBUG):
-            self._log(logging.DEBUG, "update_weights", f"weight version {update.weight_version}", **vars(update))
-        return update
+            self._log(logging.DEBUG, "update_weights", f"weight version {stats.weight_version}", **vars(stats))
+        return stats
 
     def explain(
         self,

@@ -48,6 +48,11 @@ class TransferError(SpmdEngineError):
     """Moving the weights failed after a correct plan, for example because shards could not be read."""
 
 
+class MemoryNotOfferedError(TransferError):
+    """File descriptors of a trainer's memory that were handed over once are needed again, because the engine of another
+    replica has closed that memory while it slept. `update_weights` offers them again by itself, once."""
+
+
 class WeightsInconsistentError(SpmdEngineError):
     """The parameters hold no complete weight version: an update failed after it had begun to write, their memory was
     released without a backup, or the engine was restarted. `generate` refuses until an update succeeds."""

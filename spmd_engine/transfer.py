@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from spmd_engine import _native
-from spmd_engine.errors import PlanError, TransferError
+from spmd_engine.errors import MemoryNotOfferedError, PlanError, TransferError
 from spmd_engine.fd_passing import PassingError
 from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.plan import TransferPlan
@@ -172,9 +172,8 @@ class CudaTransfer:
             try:
                 addresses[rank] = self._handles.addresses(memories[rank], wanted)
             except PassingError as error:
-                raise TransferError(
-                    f"rank {self._rank} did not get the file descriptors of rank {rank}'s memory: {error}. Call "
-                    "update_weights again to have them offered anew"
+                raise MemoryNotOfferedError(
+                    f"rank {self._rank} did not get the file descriptors of rank {rank}'s memory: {error}"
                 ) from error
             except _NATIVE_ERRORS as error:
                 raise TransferError(
