@@ -152,22 +152,26 @@ class Caller:
                 raise refusal
             return made, reply.value
 
-    def agree(self, summary: str, running: str) -> None:
+    def agree(self, summary: str, common: Any, *, number: int, running: str) -> int:
         """Within `prepare`: wait until all ranks of the replica are there, before this one waits for ranks of others.
 
         Args:
             summary: of the call, for messages.
+            common: what all ranks must have in common.
+            number: that this rank proposes.
             running: what becomes of requests that run; see `SpmdEngine.update_weights`.
+
+        Returns:
+            The highest number that any rank proposes.
 
         Raises:
             KnownToAllError: they are not: another rank made another call.
         """
-        self.seq += 1
         call = Call(
             seq=self.seq,
             kind="agree",
-            payload={"running": running},
-            digest=digest(["agree", running]),
+            payload={"running": running, "number": number},
+            digest=digest(["agree", common]),
             summary=summary,
             overlapped=False,
             timeout_s=self.timeout_s,
@@ -176,6 +180,7 @@ class Caller:
         reply = self._exchange(call, summary, 0.0)
         if reply.error is not None:
             raise KnownToAllError(reply.error.to_exception())
+        return int(reply.value)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[int]:

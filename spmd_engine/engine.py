@@ -100,7 +100,7 @@ class SpmdEngine(LeaderCalls):
         )
         self._spin_s = 0.0 if startup.on_cpu else _SPIN_S
         self._caller = Caller(rank, self._process, startup.rendezvous, self._timeout_s)
-        self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s)
+        self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s, self._device)
         self._requests = AsyncRequests(self._caller, self._tokenizer, self._timeout_s, self._count_sequences)
         ready = self._caller.await_ready()
         self._stats = replace(self._stats, memory=ready.memory)

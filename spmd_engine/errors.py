@@ -49,8 +49,8 @@ class TransferError(SpmdEngineError):
 
 
 class MemoryNotOfferedError(TransferError):
-    """File descriptors of a trainer's memory that were handed over once are needed again, because the engine of another
-    replica has closed that memory while it slept. `update_weights` offers them again by itself, once."""
+    """File descriptors of a trainer's memory, of expandable segments, could not be fetched. `update_weights` has tried
+    twice: where the engine of another replica had closed that memory while it slept, they had to be offered again."""
 
 
 class WeightsInconsistentError(SpmdEngineError):

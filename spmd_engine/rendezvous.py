@@ -31,7 +31,6 @@ from spmd_engine.errors import (
     ConfigError,
     ErrorReport,
     SchedulerDiedError,
-    SpmdEngineError,
 )
 
 _SIOCGIFADDR = 0x8915
@@ -41,11 +40,15 @@ _STORE_S = 5.0
 _counters: weakref.WeakKeyDictionary[dist.Store, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
-def node_identity() -> str:
-    """Equal for two processes that can read each other's memory: same boot, same PID and network namespace."""
+def node_identity(*kinds: str) -> str:
+    """Equal for two processes that can read each other's memory: same boot, same PID and network namespace.
+
+    Args:
+        *kinds: of namespaces, if others count.
+    """
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("pid", "net")]
+    spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in kinds or ("pid", "net")]
     return hashlib.blake2b("|".join([boot, *spaces]).encode(), digest_size=8).hexdigest()
 
 
@@ -152,19 +155,23 @@ class Rendezvous:
             rank=0,
         )
 
+    def next_number(self) -> int:
+        """Of the next meeting that has not been decided. Who comes to one that has waits for the next one."""
+        while self.poll("outcome") is not None:
+            self._number += 1
+        return self._number
+
     def _collect(self, note: dict[str, Any], timeout_s: float, watch: Callable[[], None]) -> list[dict[str, Any]]:
         """Post `note` and wait for the notes of all ranks, in their order; `watch` runs in between and may raise.
 
         Meetings are numbered. Each is decided once, for all ranks that take part in it: one rank finds all notes, and
-        then all have met, or one gives up, and then nobody has. Who comes later goes on to the next number.
+        then all have met, or one gives up, and then nobody has.
 
         Raises:
             CollectiveTimeoutError: a rank did not come.
             SchedulerDiedError: the store is gone.
             SpmdEngineError: of the kind for which another rank gave up.
         """
-        while self.poll("outcome") is not None:
-            self._number += 1
         self.post(f"note/{self.rank}", note)
         try:
             notes = self._gather(timeout_s, watch)
@@ -210,29 +217,36 @@ class Rendezvous:
             notes.append(found)
         return notes
 
-    def give_up(self, error: SpmdEngineError, mates: tuple[int, ...]) -> None:
-        """Do not come to the meeting that the others may wait in: they hear why.
+    def give_up(self, number: int, error: BaseException) -> None:
+        """Do not come to the meeting of that number: those who wait there, or come yet, hear why."""
+        self._number = number
+        self._counters[self._name] = number + 1
+        self._decide({"met": False, "kind": type(error).__name__, "message": str(error), "rank": self.rank})
+
+    def meet(
+        self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None], number: int | None = None
+    ) -> Meeting:
+        """Exchange notes and agree on a link address; on the hub the returned link holds the listening socket.
 
         Args:
-            mates: ranks that give it up for the same reason, this one included.
-        """
-        while (found := self.poll("outcome")) is not None:
-            if found.get("rank") in mates and found.get("message") == str(error):
-                break
-            self._number += 1
-        else:
-            self._decide({"met": False, "kind": type(error).__name__, "message": str(error), "rank": self.rank})
-        self._counters[self._name] = self._number + 1
-
-    def meet(self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None]) -> Meeting:
-        """Exchange notes and agree on a link address; on the hub the returned link holds the listening socket.
+            note: of this rank.
+            timeout_s: how long to wait for the others.
+            watch: is called meanwhile, and may raise.
+            number: of the meeting, if ranks have agreed on one: it may have been given up. By default the next one.
 
         Raises:
             ConfigError: on all ranks; they are on several nodes, and the hub has no address that others can reach.
             CollectiveTimeoutError, SchedulerDiedError, SpmdEngineError: see `_collect`.
         """
+        self._number = self.next_number() if number is None else number
         hub = self.rank == self.ranks[0]
-        posted = {**note, "node": node_identity(), "host": self.host, "pid": os.getpid()}
+        posted = {
+            **note,
+            "node": node_identity(),
+            "network": node_identity("net"),
+            "host": self.host,
+            "pid": os.getpid(),
+        }
         listener = None
         if hub:
             listener = links.listen(self.host)
@@ -259,8 +273,8 @@ class Rendezvous:
 
 
 def check_reachable(ranks: tuple[int, ...], notes: list[dict[str, Any]]) -> None:
-    """Raise if the ranks are on several nodes, and the first of them has no address that others can reach."""
-    host, nodes = notes[0]["host"], {note["node"] for note in notes}
+    """Raise if the ranks are on several networks, and the first of them has no address that others can reach."""
+    host, nodes = notes[0]["host"], {note["network"] for note in notes}
     if len(nodes) > 1 and ipaddress.ip_address(host).is_loopback:
         raise ConfigError(
             f"the ranks {list(ranks)} are on {len(nodes)} nodes, but rank {ranks[0]} knows its node only by the "

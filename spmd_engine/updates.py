@@ -23,10 +23,11 @@ from spmd_engine.handles import Exporter, ShardMemory
 from spmd_engine.layout import SourceLayout
 from spmd_engine.names import Rename
 from spmd_engine.process import SchedulerProcess
-from spmd_engine.rendezvous import Rendezvous
+from spmd_engine.rendezvous import Rendezvous, bounded
 from spmd_engine.sources import Source, SourceReader, ranks_of
 
 T = TypeVar("T")
+_STORE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class UpdateRequest:
 class WeightUpdates:
     """State that lasts between the weight updates of one engine, on the trainer's side."""
 
-    def __init__(self, rank: int, replica: tuple[int, ...], process: SchedulerProcess, timeout_s: float) -> None:
-        self._rank, self._replica = rank, replica
+    def __init__(
+        self, rank: int, replica: tuple[int, ...], process: SchedulerProcess, timeout_s: float, device: int | None
+    ) -> None:
+        self._rank, self._replica, self._device = rank, replica, device
         self._process, self._timeout_s = process, timeout_s
         self._linked = {replica}
         self._known: set[str] = set()  # layouts that the scheduler process has
@@ -99,9 +102,10 @@ class WeightUpdates:
         }
         count = len(described.layout.weights)
         summary = f"{count} weights over ranks {list(self.last_ranks)}, layout {key[:8]}, verify={verify}"
-        if described.device is not None or torch.cuda.is_initialized():  # shards in CPU memory may come from a GPU
+        device = self._device if described.device is None else described.device
+        if device is not None and torch.cuda.is_initialized():  # what is in CPU memory may have come from a GPU
             # The shards are final once what this thread has queued is done. Other streams may go on.
-            torch.cuda.current_stream(described.device).synchronize()
+            torch.cuda.current_stream(device).synchronize()
         agreed = [self.last_ranks, key, verify, running]
         return UpdateRequest(payload, agreed, summary, memory, described, time.monotonic() - began)
 
@@ -177,13 +181,15 @@ class WeightUpdates:
     ) -> None:
         """Connect the scheduler processes of all ranks that hold shards, once for each set of ranks."""
         rendezvous = Rendezvous(ranks, self._rank, "update")
+        number = rendezvous.next_number()
         try:
-            caller.agree(summary, running)
-        except KnownToAllError as known:
-            rendezvous.give_up(known.error, self._replica)
+            number = caller.agree(summary, [ranks, running], number=number, running=running)
+        except BaseException as error:  # the other replicas may be waiting already
+            cause = error.error if isinstance(error, KnownToAllError) else error
+            bounded(lambda: rendezvous.give_up(number, cause), timeout_s=_STORE_S)
             raise
         note = {"refusal": None if refusal is None else f"{type(refusal).__name__}: {refusal}"}
-        meeting = rendezvous.meet(note, timeout_s=self._timeout_s, watch=caller.check_failed)
+        meeting = rendezvous.meet(note, timeout_s=self._timeout_s, watch=caller.check_failed, number=number)
         fd = meeting.link.listener_fd
         try:
             self._process.send(meeting.link, fds=(fd,) if fd >= 0 else ())

@@ -229,6 +229,7 @@ class Feed:
             "wide": wide,
             "refusal": _as_pair(self._refusal(call)),
             "tokens": self.outputs.digest(),
+            "number": call.payload["number"] if call.kind == "agree" else 0,
         }
         news, places = self._weights.announce(call.payload) if call.kind == "update_weights" else ({}, b"")
         frames = self._exchange(self._replica, {**agreement, **news}, places, call)
@@ -248,7 +249,7 @@ class Feed:
             self._reply(call)  # the trainer rank knows its own error
             return None
         if call.kind == "agree":
-            self._reply(call)
+            self._reply(call, value=max(header["number"] for header, _ in frames))
             return None
         if call.kind != "update_weights":
             self._enter(call, "run")
@@ -290,7 +291,8 @@ class Feed:
         """As `verdict`; where the ranks describe their weights differently, the first that differs is named."""
         error = verdict(ranks, frames)
         is_of_layouts = {header["kind"] for header, _ in frames} in ({"update_weights"}, {"explain"})
-        if error is None or error.kind != "CollectiveMismatchError" or not is_of_layouts:
+        was_known = any(header.get("error") for header, _ in frames)
+        if error is None or error.kind != "CollectiveMismatchError" or was_known or not is_of_layouts:
             return error
         plain = json.dumps(self._weights.layout_of(call.payload).plain())
         told = self._exchange(ranks, {}, plain.encode(), call)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -55,6 +56,12 @@ class Node:
                 if os.stat(f"/proc/{name}/ns/net").st_ino == own:
                     found.append(int(name))
         return found
+
+    def end_all(self) -> None:
+        """End all processes on this node."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def cut_off(self) -> None:
         """Pull the cable: nothing arrives any more, and nothing is closed. `configure` plugs it in again."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -93,9 +92,7 @@ def ray_cluster(nodes: Sequence[Node], *, ipv6: bool, cpus_per_node: int) -> Ite
         yield RayCluster(nodes, address, home)
     finally:
         for node in nodes:  # all that ran there was ours
-            for pid in node.pids():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            node.end_all()
         for process in processes:
             process.wait()
         subprocess.run(["rm", "-rf", str(home)], check=False)

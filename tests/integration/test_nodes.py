@@ -99,7 +99,11 @@ def test_the_torchrun_recipe(tmp_path, nodes):
         processes.append(
             subprocess.Popen(launch, cwd=tmp_path, env=env, preexec_fn=node.enter, stdout=subprocess.PIPE, text=True)
         )
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for node in nodes:
+            node.end_all()
     assert [process.returncode for process in processes] == [0, 0], outputs
     found = re.findall(r"loss (\d), weights of version (\d) in", outputs[0])
     assert found == [("2", "1"), ("1", "2")], outputs
@@ -224,7 +228,7 @@ def test_ranks_on_ray(cluster, tmp_path):
 
 @pytest.mark.one_version
 def test_the_ray_recipe(cluster, tmp_path):
-    write_recipe(tmp_path, "ray", {"2, 8": "2, 1"})
+    write_recipe(tmp_path, "ray", {"2, 4": "2, 1"})
     done = cluster.run(["train.py"], timeout_s=200.0, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[2, 2]", "[1, 1]"], done.stdout

@@ -209,7 +209,7 @@ def test_a_rank_passes_its_descriptors_on_or_says_that_it_cannot(device):
     before = len(os.listdir("/proc/self/fd"))
     for is_alive in (True, False):
         process = Process(is_alive=is_alive)
-        updates = WeightUpdates(3, (3,), process, 10.0)
+        updates = WeightUpdates(3, (3,), process, 10.0, None)
         memory = updates._exporter.export(*ALL, device=0)
         if is_alive:
             updates._pass_descriptors(memory)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from spmd_engine.channel import LinkAddress
 from spmd_engine.errors import CollectiveMismatchError, ConfigError
-from spmd_engine.rendezvous import Meeting, Rendezvous, _counters, check_reachable, interface_of
+from spmd_engine.rendezvous import Meeting, Rendezvous, check_reachable, interface_of
 from spmd_engine.startup import _check_agreement, shared_scratch
 
 RANKS = (4, 5, 6, 7)
@@ -42,14 +42,14 @@ def test_ranks_that_do_not(bad, kind, match):
 
 @pytest.mark.parametrize(("nodes", "host"), [("aaaa", "127.0.0.1"), ("aaaa", "::1"), ("aabb", "10.0.0.1")])
 def test_nodes_that_reach_one_another(nodes, host):
-    check_reachable(RANKS, [{"node": node, "host": host} for node in nodes])
+    check_reachable(RANKS, [{"network": node, "host": host} for node in nodes])
 
 
 @pytest.mark.parametrize("host", ["127.0.1.1", "::1"])
 def test_nodes_that_do_not(host):
     match = f"rank 4 knows its node only by the loopback address {host}: set MASTER_ADDR"
     with pytest.raises(ConfigError, match=match):
-        check_reachable(RANKS, [{"node": node, "host": host} for node in "aabb"])
+        check_reachable(RANKS, [{"network": node, "host": host} for node in "aabb"])
 
 
 def test_temporary_directories_leave_room_for_the_names_of_sockets(tmp_path):
@@ -82,16 +82,15 @@ def test_who_does_not_come_says_so():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         ranks = (0, 1, 2, 3)
+        of_rank = [Rendezvous(ranks, rank, "test") for rank in ranks]
+        assert [one.next_number() for one in of_rank] == [0] * 4
         mismatch = CollectiveMismatchError("they made different calls")
-        for rank in (1, 0):  # both of one replica, at the same meeting
-            Rendezvous(ranks, rank, "test").give_up(mismatch, (0, 1))
-            _counters.clear()
-        with pytest.raises(CollectiveMismatchError, match=r"rank 2 waits no longer .*: they made different calls"):
-            waiting = Rendezvous(ranks, 2, "test")
-            waiting._raise_if_given_up(waiting.poll("outcome"))
-        later = Rendezvous(ranks, 2, "test")
-        later._number = 1
-        assert later.poll("outcome") is None  # the next meeting is free
+        of_rank[1].give_up(0, mismatch)
+        of_rank[0].give_up(0, mismatch)
+        for rank in (2, 3):  # they had agreed on that number
+            with pytest.raises(CollectiveMismatchError, match=f"rank {rank} waits no longer .*: they made different"):
+                of_rank[rank].meet({}, timeout_s=5.0, watch=lambda: None, number=0)
+        assert [Rendezvous(ranks, rank, "test").next_number() for rank in ranks] == [1] * 4
     finally:
         dist.destroy_process_group()
 

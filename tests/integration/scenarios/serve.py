@@ -24,6 +24,7 @@ import uvloop
 
 from integration.scenarios.common import GREEDY, PROMPTS, assert_close, greedy, shard
 from spmd_engine import FunctionCall, errors
+from spmd_engine.rendezvous import Rendezvous
 
 TEXTS = ["ab ba", "a b", "abba ab", "b"]
 # Tokens of a request that something shall happen to.
@@ -383,9 +384,25 @@ def replicas(context: Any, path: str) -> dict[str, Any]:
     """Two replicas over one trainer: followers go straight to the update, while their leaders still have requests."""
     engine = context.engine(path, 2, timeout_s=60.0)
     model = shard(models.make_model("qwen2", seed=2), context.world)
-    # Before the replicas have met: the one where the ranks differ tells the other.
+
+    def others_wait() -> None:
+        meeting = Rendezvous((0, 1, 2, 3), 1, "update")
+        while None in (meeting.poll("note/2"), meeting.poll("note/3")):
+            time.sleep(0.01)
+
+    # Before the replicas have met: the one where the ranks differ, or one dies, tells the other.
+    if context.rank == 1:
+        others_wait()
     with pytest.raises(errors.CollectiveMismatchError, match=r"rank 0: update_weights.*rank 1: generate"):
         engine.generate(input_ids=[1]) if context.rank == 1 else engine.update_weights(model)
+    if context.rank == 1:
+        others_wait()
+        os.kill(engine.scheduler_pid, signal.SIGKILL)
+    with pytest.raises(errors.SchedulerDiedError, match="the scheduler process of rank 1 ended"):
+        engine.update_weights(model)
+    if context.rank < 2:
+        engine.restart()
+    engine.update_weights(model)
 
     async def rollout() -> None:
         for _ in range(3):  # with gaps in between

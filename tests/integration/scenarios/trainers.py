@@ -27,7 +27,6 @@ from integration.scenarios.common import greedy
 from spmd_engine.errors import PlanError
 from spmd_engine.layout import boxed_shape, local_box
 from spmd_engine.sources import SourceReader
-from spmd_engine.updates import _plain
 
 CPU = torch.device("cpu")
 HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
@@ -76,7 +75,7 @@ def check_shards(
     """The memory that a source names holds the boxes of `full` that its layout says; returns the optional names."""
     source = (reader or SourceReader(context.rank)).read(module)
     described: list[Any] = [None] * context.world
-    dist.all_gather_object(described, [_plain(source.layout), sorted(source.optional)])
+    dist.all_gather_object(described, [source.layout.plain(), sorted(source.optional)])
     assert all(other == described[0] for other in described), described
     wanted = {name for name, tensor in full.items() if tensor.is_floating_point()}
     assert {weight.name for weight in source.layout.weights} == wanted
