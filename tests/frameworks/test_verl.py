@@ -164,7 +164,7 @@ class Job:
         import ray
 
         calls = [worker.__ray_call__.remote(function, *args) for worker in self.workers.workers]
-        return ray.get(calls, timeout=120)
+        return ray.get(calls, timeout=cluster.PATIENCE_S)
 
     def generate(self, prompts: list[list[int]], **params: Any) -> list[Any]:
         async def all_of_them() -> list[Any]:
@@ -172,7 +172,7 @@ class Job:
                 self.client.generate(f"request {i}", prompt_ids=ids, sampling_params={"logprobs": True, **params})
                 for i, ids in enumerate(prompts)
             ]
-            return await asyncio.wait_for(asyncio.gather(*calls), 120)
+            return await asyncio.wait_for(asyncio.gather(*calls), cluster.PATIENCE_S)
 
         return asyncio.run(all_of_them())
 
@@ -297,8 +297,8 @@ def check_requests_that_wait(job: Job) -> None:
         request = asyncio.create_task(job.client.generate("waits", prompt_ids=[5, 6], sampling_params=params))
         assert not (await asyncio.wait({request}, timeout=1.0))[0]
         await replica.resume_generation()
-        assert len((await asyncio.wait_for(again, 60)).token_ids) == RESPONSE_LEN
-        return await asyncio.wait_for(request, 60)
+        assert len((await asyncio.wait_for(again, cluster.PATIENCE_S)).token_ids) == RESPONSE_LEN
+        return await asyncio.wait_for(request, cluster.PATIENCE_S)
 
     async def wait_in_vain() -> None:
         await replica.abort_all_requests()
@@ -306,7 +306,7 @@ def check_requests_that_wait(job: Job) -> None:
         assert not (await asyncio.wait({request}, timeout=1.0))[0]
         ray.kill(job.workers.workers[0])
         with pytest.raises(ray.exceptions.RayError):
-            await asyncio.wait_for(request, 60)
+            await asyncio.wait_for(request, cluster.PATIENCE_S)
 
     assert len(asyncio.run(wait_and_go_on()).token_ids) == RESPONSE_LEN
     asyncio.run(wait_in_vain())
@@ -322,7 +322,11 @@ def test_registration_by_the_environment():
         "print(get_rollout_class('spmd').__name__, get_rollout_replica_class('spmd').__name__, 'sglang' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=cluster.PATIENCE_S,
     )
     assert done.stdout.split() == ["SpmdRollout", "SpmdReplica", "False"], done.stderr[-3000:]
 

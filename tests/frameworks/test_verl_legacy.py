@@ -83,7 +83,7 @@ def workers_of(model: Path, *more: str, **rollout: Any) -> Iterator[Any]:
         config.actor_rollout_ref.rollout.update(rollout)
     pool = RayResourcePool(process_on_nodes=[1, 1], use_gpu=False, max_colocate_count=1)
     cls = RayClassWithInitArgs(ray.remote(Worker), config=config.actor_rollout_ref, role="actor_rollout")
-    workers = RayWorkerGroup(pool, cls, ray_wait_register_center_timeout=120)
+    workers = RayWorkerGroup(pool, cls, ray_wait_register_center_timeout=cluster.PATIENCE_S)
     try:
         workers.init_model()
         yield workers
