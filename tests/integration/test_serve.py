@@ -35,7 +35,7 @@ def test_forms(tmp_path, with_tokenizer):
 @pytest.mark.one_version
 def test_mixture_with_collective_calls(tmp_path, checkpoint):
     path = checkpoint("qwen2", 1, dtype=torch.float32, max_position_embeddings=1024)
-    run_job("serve.mixed", 2, tmp_path, path=path)
+    run_job("mixture.mixed", 2, tmp_path, path=path)
 
 
 @pytest.mark.one_version
