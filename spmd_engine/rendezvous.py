@@ -26,12 +26,7 @@ import torch.distributed as dist
 
 from spmd_engine import links
 from spmd_engine.channel import LinkAddress
-from spmd_engine.errors import (
-    CollectiveTimeoutError,
-    ConfigError,
-    ErrorReport,
-    SchedulerDiedError,
-)
+from spmd_engine.errors import CollectiveTimeoutError, ConfigError, ErrorReport, SchedulerDiedError
 
 _SIOCGIFADDR = 0x8915
 _POLL_S = 0.005
@@ -221,7 +216,8 @@ class Rendezvous:
         """Do not come to the meeting of that number: those who wait there, or come yet, hear why."""
         self._number = number
         self._counters[self._name] = number + 1
-        self._decide({"met": False, "kind": type(error).__name__, "message": str(error), "rank": self.rank})
+        reason = {"met": False, "kind": type(error).__name__, "message": str(error), "rank": self.rank}
+        bounded(lambda: self._decide(reason), timeout_s=_STORE_S)
 
     def meet(
         self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None], number: int | None = None

@@ -23,11 +23,10 @@ from spmd_engine.handles import Exporter, ShardMemory
 from spmd_engine.layout import SourceLayout
 from spmd_engine.names import Rename
 from spmd_engine.process import SchedulerProcess
-from spmd_engine.rendezvous import Rendezvous, bounded
+from spmd_engine.rendezvous import Rendezvous
 from spmd_engine.sources import Source, SourceReader, ranks_of
 
 T = TypeVar("T")
-_STORE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,7 @@ class WeightUpdates:
         try:
             number = caller.agree(summary, [ranks, running], number=number, running=running)
         except BaseException as error:  # the other replicas may be waiting already
-            cause = error.error if isinstance(error, KnownToAllError) else error
-            bounded(lambda: rendezvous.give_up(number, cause), timeout_s=_STORE_S)
+            rendezvous.give_up(number, error.error if isinstance(error, KnownToAllError) else error)
             raise
         note = {"refusal": None if refusal is None else f"{type(refusal).__name__}: {refusal}"}
         meeting = rendezvous.meet(note, timeout_s=self._timeout_s, watch=caller.check_failed, number=number)
