@@ -115,6 +115,11 @@ class Descriptors:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """The trainer packs its shards in CPU memory if it is asked to, over the socket that comes with this."""
+
+
+@dataclass(frozen=True)
 class Call:
     """A collective call.
 

@@ -250,10 +250,11 @@ class SpmdEngine(LeaderCalls):
                 spin_s=self._spin_s,
             )
 
-        try:
-            made, value = update()
-        except MemoryNotOfferedError:
-            made, value = update()
+        with self._updates.packing():
+            try:
+                made, value = update()
+            except MemoryNotOfferedError:
+                made, value = update()
         self._updates.committed(made)
         stats = replace(value, describe_s=made.describe_s, total_s=time.monotonic() - started)
         self._stats = self._stats.with_update(stats)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +13,15 @@ import torch
 import torch.distributed as dist
 
 from spmd_engine import _native, links, transfer
+from spmd_engine._native import ElementType
 from spmd_engine.errors import TransferError
 from spmd_engine.handles import Exporter, OpenHandles, ShardMemory
 from spmd_engine.links import Frame
+from spmd_engine.packing import PackLink, SharedMemory
 from spmd_engine.plan import TransferPlan
-from spmd_engine.stages import ARRIVED, BUCKETS, PACKED, StagedPlan, Step
+from spmd_engine.stages import ARRIVED, BUCKETS, ITEM_SIZES, PACKED, StagedPlan, Step
+
+logger = logging.getLogger(__name__)
 
 BUCKET_BYTES = 64 << 20
 # [kind, message] of what went wrong on a rank, None if nothing did.
@@ -85,7 +91,7 @@ class StagedTransfer:
         rank: global rank of this process's trainer.
         device: of the engine's parameters, and of the buckets.
         handles: what this process has mapped; needed on a GPU.
-        shards_on_cpu: whether the trainer of this rank holds its shards in CPU memory.
+        trainer: packs the shards of this rank if they are in CPU memory; None if they are not.
     """
 
     def __init__(
@@ -95,22 +101,30 @@ class StagedTransfer:
         rank: int,
         device: torch.device,
         handles: OpenHandles | None,
-        shards_on_cpu: bool,
+        trainer: PackLink | None,
     ) -> None:
         self.plan = plan
-        self._rank, self._device, self._handles = rank, device, handles
+        self._rank, self._device, self._handles, self._trainer = rank, device, handles, trainer
         packs = any(len(step.pack.table) for step in plan.steps)
         arrives = any(any(step.receives) for step in plan.steps)
         needed = [(packs and number in PACKED) or (arrives and number in ARRIVED) for number in range(BUCKETS)]
         size = max((max(step.kept + sum(step.sends), sum(step.receives)) for step in plan.steps), default=0)
         self._buckets = [torch.empty(size if need else 0, dtype=torch.uint8, device=device) for need in needed]
-        # Shards in CPU memory are packed there, then go to the GPU.
-        self._pack_device = torch.device("cpu") if shards_on_cpu else device
         self._packed = [self._buckets[number] for number in PACKED]
+        self._shared: SharedMemory | None = None  # with the trainer
         self._copies: torch.cuda.Stream | None = None
-        if self._pack_device != device:
-            self._copies = torch.cuda.Stream(device)
-            self._packed = [torch.empty(len(bucket), dtype=torch.uint8, pin_memory=True) for bucket in self._packed]
+        if trainer is not None and packs:
+            self._shared = SharedMemory(len(PACKED), size, pinned=device.type == "cuda")
+            trainer.share(self._shared)
+            self._packed = self._shared.buckets
+            if device.type == "cpu":
+                for number, bucket in zip(PACKED, self._packed, strict=True):
+                    self._buckets[number] = bucket
+            else:
+                self._copies = torch.cuda.Stream(device)
+        # How many steps before a bucket is sent it begins to be packed, and must be. What goes to a GPU first is packed
+        # into a bucket of the CPU as soon as that has been copied, and copied as soon as all ranks have sent.
+        self._begins_ahead, self._ends_ahead = (len(PACKED), 2) if self._copies is not None else (1, 1)
         self._memories: dict[int, ShardMemory] = {}
         self._network: Network | None = None
         self._rounds = 0
@@ -144,14 +158,19 @@ class StagedTransfer:
             base = self._packed[number % len(PACKED)].data_ptr()
             table = step.pack.table.copy()
             table["dst"] += np.uint64(base)
-            pack = TransferPlan(table, step.pack.rank, step.pack.weight, 0, 0)
-            self._packs.append(self._transfer(pack, self._pack_device))
-            self._unpacks.append(self._transfer(step.unpack, self._device))
+            self._packs.append(self._pack_of(TransferPlan(table, step.pack.rank, step.pack.weight, 0, 0)))
+            self._unpacks.append(self._transfer(step.unpack))
 
-    def _transfer(self, plan: TransferPlan, device: torch.device) -> transfer.Transfer | None:
+    def _pack_of(self, plan: TransferPlan) -> transfer.Transfer | None:
+        if not len(plan.table) or self._trainer is None:
+            return self._transfer(plan)
+        assert self._shared is not None
+        return TrainerTransfer(plan, self._rank, self._trainer, self._shared)
+
+    def _transfer(self, plan: TransferPlan) -> transfer.Transfer | None:
         if not len(plan.table):
             return None
-        return transfer.prepare(plan, rank=self._rank, device=device, handles=self._handles)
+        return transfer.prepare(plan, rank=self._rank, device=self._device, handles=self._handles)
 
     def bind(self, memories: Mapping[int, ShardMemory]) -> None:
         """Take the present addresses of all shards.
@@ -186,19 +205,25 @@ class StagedTransfer:
         wrong = [0]
 
         def fill() -> None:
-            self._pack(0, wrong, verify)
-            if self._copies is not None:
-                self._upload(0)
-                self._pack(1, wrong, verify)
-                self._synchronize()
+            for number in range(self._begins_ahead):
+                self._begin_pack(number)
+            for number in range(self._ends_ahead):
+                self._end_pack(number, wrong, verify)
+                if number == 0:
+                    self._upload(number)
+            self._synchronize()
 
         if failure is None:
             failure = attempt(fill)
-        for number in range(self._rounds + 1):
-            if agree(failure):
-                return failure, True, wrong[0]
-            failure = attempt(lambda at=number: self._turn(at, wrong, verify))  # type: ignore[misc]
-        return failure, False, wrong[0]
+        try:
+            for number in range(self._rounds + 1):
+                if agree(failure):
+                    return failure, True, wrong[0]
+                failure = attempt(lambda at=number: self._turn(at, wrong, verify))  # type: ignore[misc]
+            return failure, False, wrong[0]
+        finally:
+            if self._trainer is not None:
+                self._trainer.drain()
 
     def _turn(self, number: int, wrong: list[int], verify: bool) -> None:
         """Everybody has step `number` in the bucket that it is sent from, and has unpacked the one before the last."""
@@ -206,11 +231,12 @@ class StagedTransfer:
         try:
             unpacking = self._begin_unpack(number - 1)
             self._upload(number + 1)
-            self._pack(number + (1 if self._copies is None else 2), wrong, verify)
+            self._begin_pack(number + self._begins_ahead)
             if unpacking is not None:
                 unpacking.finish()
                 if verify:
                     wrong[0] += unpacking.compare()
+            self._end_pack(number + self._ends_ahead, wrong, verify)
         finally:  # also after a failure: nobody may free a bucket that is being read
             wait()
             self._synchronize()
@@ -222,14 +248,15 @@ class StagedTransfer:
     def _step(self, number: int) -> Step | None:
         return self.plan.steps[number] if 0 <= number < len(self.plan.steps) else None
 
-    def _pack(self, number: int, wrong: list[int], verify: bool) -> None:
-        step = self._step(number)
-        if step is None or (pack := self._packs[number]) is None:
-            return
-        pack.start()
-        pack.finish()
-        if verify:
-            wrong[0] += pack.compare()
+    def _begin_pack(self, number: int) -> None:
+        if self._step(number) is not None and (pack := self._packs[number]) is not None:
+            pack.start()
+
+    def _end_pack(self, number: int, wrong: list[int], verify: bool) -> None:
+        if self._step(number) is not None and (pack := self._packs[number]) is not None:
+            pack.finish()
+            if verify:
+                wrong[0] += pack.compare()
 
     def _upload(self, number: int) -> None:
         """Begin to copy what was packed on the CPU for a GPU. On a stream of its own: others may wait for theirs."""
@@ -277,3 +304,45 @@ class StagedTransfer:
             if one is not None:
                 one.close()
         self._buckets, self._packed = [], []
+        if self._shared is not None:
+            assert self._trainer is not None
+            self._trainer.unshare(self._shared)
+            self._shared.close()
+            self._shared = None
+
+
+class TrainerTransfer(transfer.CpuTransfer):
+    """Blocks that the trainer copies into memory which it shares with this process.
+
+    What would end the trainer, shards that are not mapped, is looked for from here, whenever they have moved.
+    """
+
+    def __init__(self, plan: TransferPlan, rank: int, trainer: PackLink, shared: SharedMemory) -> None:
+        super().__init__(plan, rank)
+        self._trainer, self._shared = trainer, shared
+
+    def bind(self, memories: Mapping[int, ShardMemory]) -> None:
+        super().bind(memories)
+        assert self._table is not None
+        ends = np.repeat(self._table, 2)
+        last = self._table[["rows", "row_elems", "src_pitch", "src_dtype"]]
+        sizes = last["row_elems"].astype(np.int64) * ITEM_SIZES[last["src_dtype"]]
+        ends["src"][1::2] += ((last["rows"].astype(np.int64) - 1) * last["src_pitch"] + sizes - 1).astype(np.uint64)
+        seen = np.zeros(1, np.uint8)
+        ends["dst"], ends["rows"], ends["row_elems"] = seen.ctypes.data, 1, 1
+        ends["src_dtype"] = ends["dst_dtype"] = ElementType.RAW8
+        try:
+            _native.copy_cpu(ends, pids=self._pids)
+        except _native.SourcePermissionError:
+            logger.warning("rank %d: cannot look whether the trainer's shards are mapped", self._rank)
+        except (_native.NativeError, _native.TableError) as error:
+            raise self._failure(error) from error
+
+    def start(self) -> None:
+        assert self._table is not None
+        self._trainer.begin(self._shared, self._table, threads=self._threads)
+
+    def finish(self) -> float:
+        began = time.monotonic()
+        self._trainer.end()
+        return time.monotonic() - began

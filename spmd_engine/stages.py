@@ -33,7 +33,8 @@ WANT_DTYPE = np.dtype(
     ]
 )
 _ALIGN = 64
-_ITEM_SIZES = np.array([kind.itemsize for kind in ElementType], dtype=np.int64)
+#: Bytes of an element, by the code of its dtype.
+ITEM_SIZES = np.array([kind.itemsize for kind in ElementType], dtype=np.int64)
 # Buckets of a rank. What is packed may be read by others of the node one step later, so three of them take turns.
 PACKED, ARRIVED = (0, 1, 2), (3, 4)
 BUCKETS = len(PACKED) + len(ARRIVED)
@@ -190,7 +191,7 @@ def _part(plan: TransferPlan, chosen: np.ndarray, rank: int) -> TransferPlan:
 
 def _bytes(table: np.ndarray) -> np.ndarray:
     """Bytes that each block reads."""
-    return table["rows"].astype(np.int64) * table["row_elems"].astype(np.int64) * _ITEM_SIZES[table["src_dtype"]]
+    return table["rows"].astype(np.int64) * table["row_elems"].astype(np.int64) * ITEM_SIZES[table["src_dtype"]]
 
 
 def _wanted(staged: TransferPlan) -> np.ndarray:
@@ -200,7 +201,7 @@ def _wanted(staged: TransferPlan) -> np.ndarray:
     rows["source"], rows["weight"] = staged.rank, staged.weight
     for name in ("src", "rows", "row_elems", "src_pitch", "src_dtype"):
         rows[name] = table[name]
-    shrinks = _ITEM_SIZES[table["dst_dtype"]] < _ITEM_SIZES[table["src_dtype"]]
+    shrinks = ITEM_SIZES[table["dst_dtype"]] < ITEM_SIZES[table["src_dtype"]]
     rows["packed_dtype"] = np.where(shrinks, table["dst_dtype"], table["src_dtype"])
     return rows
 
@@ -249,7 +250,7 @@ class _Packed:
         """Fill buckets of at most `limit` bytes one after the other."""
         chunks: list[tuple[int, ...]] = []
         sizes = [0]
-        items = _ITEM_SIZES[blocks["packed_dtype"]].tolist()
+        items = ITEM_SIZES[blocks["packed_dtype"]].tolist()
         extents = zip(items, blocks["rows"].tolist(), blocks["row_elems"].tolist(), strict=True)
         for number, (item, rows, elems) in enumerate(extents):
             row = elem = 0
@@ -275,7 +276,7 @@ class _Packed:
     def pack(self) -> _Moves:
         """From the sender's shards into its bucket."""
         of = self.blocks[self.block]
-        src, packed, pitch = _ITEM_SIZES[of["src_dtype"]], _ITEM_SIZES[of["packed_dtype"]], of["src_pitch"]
+        src, packed, pitch = ITEM_SIZES[of["src_dtype"]], ITEM_SIZES[of["packed_dtype"]], of["src_pitch"]
         table = np.zeros(len(of), BLOCK_COPY_DTYPE)
         table["src"] = of["src"].astype(np.int64) + self.row * pitch + self.elem * src
         table["dst"] = self.offset
@@ -295,10 +296,10 @@ class _Packed:
         of, kind = rows[row], wanted["packed_dtype"][row]
         table = np.zeros(len(row), BLOCK_COPY_DTYPE)
         table["src"] = self.offset[chunk]
-        dst_item = _ITEM_SIZES[of["dst_dtype"]]
+        dst_item = ITEM_SIZES[of["dst_dtype"]]
         table["dst"] = of["dst"].astype(np.int64) + self.row[chunk] * of["dst_pitch"] + self.elem[chunk] * dst_item
         table["rows"], table["row_elems"] = self.rows[chunk], self.elems[chunk]
-        table["src_pitch"], table["dst_pitch"] = self.elems[chunk] * _ITEM_SIZES[kind], of["dst_pitch"]
+        table["src_pitch"], table["dst_pitch"] = self.elems[chunk] * ITEM_SIZES[kind], of["dst_pitch"]
         table["src_dtype"], table["dst_dtype"] = kind, of["dst_dtype"]
         return _Moves(table, np.zeros(len(row), np.int64), self.step[chunk])
 

@@ -15,13 +15,14 @@ import torch.distributed as dist
 
 from spmd_engine import _native
 from spmd_engine.caller import Caller, KnownToAllError
-from spmd_engine.channel import Descriptors
+from spmd_engine.channel import Descriptors, Packing
 from spmd_engine.digest import digest
 from spmd_engine.errors import PlanError, TransferError
 from spmd_engine.fd_passing import PassingError
 from spmd_engine.handles import Exporter, ShardMemory
 from spmd_engine.layout import SourceLayout
 from spmd_engine.names import Rename
+from spmd_engine.packing import Packer
 from spmd_engine.process import SchedulerProcess
 from spmd_engine.rendezvous import Rendezvous
 from spmd_engine.sources import Source, SourceReader, ranks_of
@@ -63,7 +64,7 @@ class WeightUpdates:
         self._reader, self._exporter = SourceReader(rank), Exporter()
         self._key: tuple[SourceLayout, frozenset[str], str] | None = None
         self._last: tuple[str, ShardMemory] | None = None
-        self._ptrace_allowed = False
+        self._packer, self._packing_offered = Packer(rank), False
         self.last_ranks = replica
 
     def prepare(
@@ -213,15 +214,21 @@ class WeightUpdates:
         Raises:
             PlanError: their allocator cannot share them.
         """
-        if described.device is None and not self._ptrace_allowed:
+        if described.device is None and not self._packing_offered:
             _native.allow_ptrace_by_any()  # where Yama restricts ptrace to descendants
-            self._ptrace_allowed = True
+            with self._packer.start() as sock:
+                self._process.send(Packing(), fds=(sock.fileno(),))
+            self._packing_offered = True
         try:
             # A thread of its own has no device yet: CUDA would take the first one, and leave a context there.
             with contextlib.nullcontext() if described.device is None else torch.cuda.device(described.device):
                 return self._exporter.export(described.addresses, described.sizes, device=described.device)
         except _native.NativeError as error:
             raise PlanError(f"rank {self._rank} cannot share its shards with other processes: {error}") from error
+
+    def packing(self) -> contextlib.AbstractContextManager[None]:
+        """While the shards of an update last: this rank may have to pack them."""
+        return self._packer.working()
 
     def _pass_descriptors(self, memory: ShardMemory) -> None:
         """Give the scheduler process the file descriptors that `memory` needs, if any; it offers them to the others.

@@ -26,6 +26,7 @@ from spmd_engine.channel import (
     Coming,
     Descriptors,
     LinkAddress,
+    Packing,
     Phase,
     Reply,
     Shutdown,
@@ -211,6 +212,8 @@ class Feed:
                 self._weights.inspect()
         elif isinstance(message, Descriptors):
             self._weights.offer(message.counts, socket.socket(fileno=fds[0]))
+        elif isinstance(message, Packing):
+            self._weights.packed_by(socket.socket(fileno=fds[0]))
         elif isinstance(message, Call):
             self._hold(message)
         else:

@@ -21,6 +21,7 @@ from spmd_engine.fd_passing import DescriptorServer, PassingError
 from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.layout import SourceLayout, Weight, contiguous_strides
 from spmd_engine.links import Frame
+from spmd_engine.packing import PackLink
 from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan, numbered
 from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
@@ -84,6 +85,7 @@ class WeightsKeeper:
         self.device = next(adapter.model_of(scheduler).parameters()).device
         self._handles = None if self.device.type == "cpu" else OpenHandles(self.device.index or 0)
         self._offered: DescriptorServer | None = None
+        self._packing: PackLink | None = None
         self._broken: str | None = None
         if start.is_restart:
             self._broken = "the engine was restarted with the weights of its checkpoint: call update_weights first"
@@ -104,6 +106,10 @@ class WeightsKeeper:
         if self._offered is not None:
             self._offered.close()
             self._offered = None
+
+    def packed_by(self, sock: socket.socket) -> None:
+        """Take the trainer's offer to pack its shards in CPU memory."""
+        self._packing = PackLink(self._rank, sock, self._start.timeout_s)
 
     def check_consistent(self) -> None:
         """Raise if the last update failed half-way."""
@@ -346,9 +352,9 @@ class WeightsKeeper:
 
         def make() -> None:
             plan = stages.plan_stages(rest, wanted, rank=self._rank, nodes=nodes, bucket_bytes=BUCKET_BYTES)
-            on_cpu = self._memories[self._rank].is_cpu if self._rank in self._memories else False
+            trainer = self._packing if self._memories[self._rank].is_cpu else None
             made.append(
-                StagedTransfer(plan, rank=self._rank, device=self.device, handles=self._handles, shards_on_cpu=on_cpu)
+                StagedTransfer(plan, rank=self._rank, device=self.device, handles=self._handles, trainer=trainer)
             )
             header, blob = made[0].offer()
             if plan.is_network and ranks not in self._networks and self._rank == ranks[0]:

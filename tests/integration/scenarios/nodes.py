@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import models
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from integration.scenarios.common import greedy, shard
 from integration.scenarios.weights import unmapped_like
-from spmd_engine import errors
+from spmd_engine import _native, errors
 
 
 def update(
@@ -84,7 +85,7 @@ def sources(context: Any, path: str) -> dict[str, Any]:
             engine.update_weights(parts)
         assert greedy(engine) == tokens
 
-        # A shard that cannot be read stops all ranks after the same step; the next update heals the mixture.
+        # A shard that cannot be read is noticed before anything moves.
         name = "model.layers.0.self_attn.q_proj.weight"
         whole = dict(models_of[2].named_parameters())
         local = whole[name].to_local()
@@ -92,6 +93,12 @@ def sources(context: Any, path: str) -> dict[str, Any]:
         broken = {**whole, name: DTensor.from_local(gone, whole[name].device_mesh, whole[name].placements)}
         with pytest.raises(errors.TransferError, match="rank 3 could not read a shard"):
             engine.update_weights(broken)
+        assert greedy(engine) == tokens
+
+        # A step that fails stops all ranks after it; the next update heals the mixture.
+        update(models_of[3])
+        with packing_that_fails(context.rank == 3), pytest.raises(errors.TransferError, match=r"of rank 3 .*no disk"):
+            engine.update_weights(models_of[2])
         with pytest.raises(errors.WeightsInconsistentError, match="failed half-way"):
             greedy(engine)
         assert update(models_of[2])[1] == checksums
@@ -105,6 +112,18 @@ def sources(context: Any, path: str) -> dict[str, Any]:
         death(context, engine, models_of[2])
         assert greedy(engine) == tokens
     return {}
+
+
+@contextlib.contextmanager
+def packing_that_fails(does: bool) -> Iterator[None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise _native.TableError("there is no disk in the drive")
+
+    copy_cpu, _native.copy_cpu = _native.copy_cpu, fail if does else _native.copy_cpu
+    try:
+        yield
+    finally:
+        _native.copy_cpu = copy_cpu
 
 
 def death(context: Any, engine: Any, model: Any) -> None:

@@ -1,0 +1,251 @@
+"""Shards in CPU memory are packed by the trainer, which copies its own memory faster than another process reads it.
+
+Its scheduler process shares memory with it, asks for one bucket after the other, and moves those that are packed, while
+a thread of the trainer packs the next. A socket pair of their own carries the requests: the channel has other readers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spmd_engine import _native
+from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout
+from spmd_engine.errors import TransferError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Memory for packed buckets: `size` bytes of the file whose descriptor comes with it."""
+
+    name: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Unshare:
+    """Give it up."""
+
+    name: int
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Copy blocks within the trainer, to addresses that count from the start of shared memory; answered by `Packed`."""
+
+    name: int
+    table: np.ndarray
+    threads: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Done, or why not."""
+
+    error: str | None = None
+
+
+# ---- in the scheduler process ----
+
+
+class SharedMemory:
+    """Buckets that the trainer fills.
+
+    Args:
+        count: of the buckets.
+        size: of each, bytes.
+        pinned: whether a GPU copies from them.
+
+    Attributes:
+        name: tells this memory from other such memory of the process.
+        address: where it begins.
+        buckets: uint8 tensors.
+
+    Raises:
+        RuntimeError: the memory cannot be pinned.
+    """
+
+    _names = iter(range(1 << 62))
+
+    def __init__(self, count: int, size: int, *, pinned: bool) -> None:
+        self.name, self.size = next(self._names), count * size
+        self.fd = os.memfd_create("spmd-engine buckets", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, self.size)
+            memory = mmap.mmap(self.fd, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        self.address = whole.data_ptr()
+        self._is_pinned = False
+        if pinned:
+            status = int(torch.cuda.cudart().cudaHostRegister(self.address, self.size, 0))  # type: ignore[attr-defined]
+            if status != 0:
+                os.close(self.fd)
+                raise RuntimeError(f"{self.size} bytes of CPU memory cannot be pinned: CUDA error {status}")
+            self._is_pinned = True
+        self.buckets = list(whole.split(size))
+
+    def close(self) -> None:
+        """Unpin it; it goes with the last tensor. Twice is fine."""
+        if self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[attr-defined]
+            self._is_pinned = False
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self.buckets = []
+
+
+class PackLink:
+    """The scheduler process's end: one request after the other, answered in the same order.
+
+    Args:
+        rank: of the trainer, for messages.
+        sock: from the trainer.
+        timeout_s: seconds to wait for a bucket.
+    """
+
+    def __init__(self, rank: int, sock: socket.socket, timeout_s: float) -> None:
+        self._rank, self._channel, self._timeout_s = rank, Channel(sock), timeout_s
+        self._running = 0
+
+    def share(self, memory: SharedMemory) -> None:
+        """Let the trainer map it.
+
+        Raises:
+            TransferError: the trainer is gone.
+        """
+        self._send(Share(memory.name, memory.size), (memory.fd,))
+
+    def unshare(self, memory: SharedMemory) -> None:
+        """Let the trainer give it up."""
+        with contextlib.suppress(TransferError):
+            self._send(Unshare(memory.name))
+
+    def begin(self, memory: SharedMemory, table: np.ndarray, *, threads: int) -> None:
+        """Ask for blocks.
+
+        Args:
+            memory: where they go.
+            table: rows of `BLOCK_COPY_DTYPE`: from addresses in the trainer to addresses in `memory` of this process.
+            threads: that the trainer may use.
+
+        Raises:
+            TransferError: the trainer is gone.
+        """
+        table = table.copy()
+        table["dst"] -= np.uint64(memory.address)
+        table["source"] = 0
+        self._send(Pack(memory.name, table, threads))
+        self._running += 1
+
+    def end(self) -> None:
+        """Wait for the first of the blocks that were asked for.
+
+        Raises:
+            TransferError: they were not copied.
+        """
+        try:
+            packed, _ = self._channel.recv(self._timeout_s)
+        except (ChannelClosed, ChannelTimeout) as error:
+            self._running = 0
+            self._channel.close()  # a late answer must not be taken for the next one
+            raise self._failure(f"it gave no answer: {error}") from error
+        self._running -= 1
+        if packed.error is not None:
+            raise self._failure(packed.error)
+
+    def drain(self) -> None:
+        """Wait until the trainer copies nothing, whatever it says."""
+        while self._running:
+            with contextlib.suppress(TransferError):
+                self.end()
+
+    def _send(self, message: object, fds: tuple[int, ...] = ()) -> None:
+        try:
+            self._channel.send(message, fds, timeout_s=self._timeout_s)
+        except (ChannelClosed, ChannelTimeout) as error:
+            raise self._failure(f"it takes no more requests: {error}") from error
+
+    def _failure(self, why: str) -> TransferError:
+        return TransferError(f"the trainer of rank {self._rank} did not pack its shards: {why}")
+
+
+# ---- in the trainer ----
+
+
+class Packer:
+    """The trainer's end: a thread that copies while `working`, and at no other time.
+
+    Args:
+        rank: for its log.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._memory: dict[int, np.ndarray] = {}
+        self._copying = threading.Lock()
+        self._is_working = False
+
+    def start(self) -> socket.socket:
+        """Start the thread. It ends when the returned socket, which is for the scheduler process, is closed there."""
+        ours, theirs = socket.socketpair()
+        name = "spmd-engine packer"
+        threading.Thread(target=self._serve, args=(Channel(ours),), name=name, daemon=True).start()
+        return theirs
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While the shards last that may be packed. Leaving waits for the bucket that is being packed."""
+        self._is_working = True
+        try:
+            yield
+        finally:
+            with self._copying:
+                self._is_working = False
+
+    def _serve(self, channel: Channel) -> None:
+        try:
+            while True:
+                message, fds = channel.recv()
+                if isinstance(message, Share):
+                    with os.fdopen(fds[0], "rb") as file:
+                        memory = mmap.mmap(file.fileno(), message.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+                    self._memory[message.name] = np.frombuffer(memory, np.uint8)
+                elif isinstance(message, Unshare):
+                    self._memory.pop(message.name, None)
+                else:
+                    channel.send(Packed(self._pack(message)))
+        except ChannelClosed:
+            pass
+        except Exception:
+            logger.exception("rank %d: the thread that packs shards has ended", self._rank)
+        finally:
+            channel.close()  # the scheduler process does not wait for more
+            self._memory.clear()
+
+    def _pack(self, request: Pack) -> str | None:
+        table = request.table
+        table["dst"] += np.uint64(self._memory[request.name].ctypes.data)
+        threads = max(1, min(request.threads, len(os.sched_getaffinity(0))))
+        with self._copying:
+            if not self._is_working:
+                return "its update has ended"
+            try:
+                _native.copy_cpu(table, pids=[0], threads=threads)
+            except _native.TableError as error:
+                return str(error)
+        return None

@@ -1,0 +1,136 @@
+"""The trainer packs its shards into memory that it shares with its scheduler process; here both are this process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from spmd_engine._native import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.errors import TransferError
+from spmd_engine.packing import Packer, PackLink, SharedMemory
+
+TIMEOUT_S = 30.0
+
+
+def rows(source, destination):
+    table = np.zeros(1, BLOCK_COPY_DTYPE)
+    table["src"], table["dst"] = source.data_ptr(), destination.data_ptr()
+    table["rows"], table["row_elems"] = source.shape
+    table["src_pitch"] = source.stride(0) * source.element_size()
+    table["dst_pitch"] = source.shape[1] * source.element_size()
+    table["src_dtype"] = table["dst_dtype"] = ElementType.F32
+    return table
+
+
+@pytest.fixture
+def packer():
+    return Packer(0)
+
+
+@pytest.fixture
+def link(packer):
+    return PackLink(0, packer.start(), TIMEOUT_S)
+
+
+@pytest.fixture
+def memory(link):
+    memory = SharedMemory(2, 4096, pinned=False)
+    link.share(memory)
+    yield memory
+    link.unshare(memory)
+    memory.close()
+
+
+def test_blocks_arrive_in_the_buckets_that_they_are_for(packer, link, memory):
+    shards = [torch.randn(16, 20)[:, 3:11], torch.randn(16, 8)]
+    with packer.working():
+        for shard, bucket in zip(shards, memory.buckets, strict=True):
+            link.begin(memory, rows(shard, bucket), threads=4)
+        for _ in shards:
+            link.end()
+    for shard, bucket in zip(shards, memory.buckets, strict=True):
+        assert torch.equal(bucket[:512].view(torch.float32).view(16, 8), shard)
+
+
+def test_nothing_is_read_once_the_update_has_ended(packer, link, memory):
+    with packer.working():
+        pass
+    link.begin(memory, rows(torch.ones(16, 8), memory.buckets[0]), threads=1)
+    with pytest.raises(TransferError, match="trainer of rank 0 did not pack its shards: its update has ended"):
+        link.end()
+    assert not memory.buckets[0].any()
+
+
+def test_the_update_ends_after_the_bucket_that_is_being_packed(packer, link, memory):
+    shard = torch.ones(1 << 20, 8)
+    large = SharedMemory(1, shard.nbytes, pinned=False)
+    link.share(large)
+    with packer.working():
+        link.begin(large, rows(shard, large.buckets[0]), threads=1)
+        while not large.buckets[0][0]:  # 1.0 begins with zeros
+            if large.buckets[0][3]:
+                break
+    whole = large.buckets[0].view(torch.float32).eq(1.0)
+    assert bool(whole.all())
+    link.end()
+
+
+def test_a_failure_is_told_and_the_next_bucket_comes(packer, link, memory):
+    shard = torch.randn(16, 8)
+    bad = rows(shard, memory.buckets[0])
+    bad["dst_dtype"] = 99
+    with packer.working():
+        link.begin(memory, bad, threads=1)
+        link.begin(memory, rows(shard, memory.buckets[1]), threads=1)
+        with pytest.raises(TransferError, match=r"did not pack its shards: .*dtype"):
+            link.end()
+        link.end()
+    assert torch.equal(memory.buckets[1][:512].view(torch.float32).view(16, 8), shard)
+
+
+def test_a_failed_update_leaves_no_answer_behind(packer, link, memory):
+    shard = torch.randn(16, 8)
+    with packer.working():
+        for _ in range(3):
+            link.begin(memory, rows(shard, memory.buckets[0]), threads=1)
+        link.drain()
+        link.begin(memory, rows(shard, memory.buckets[1]), threads=1)
+        link.end()
+        assert torch.equal(memory.buckets[1][:512].view(torch.float32).view(16, 8), shard)
+
+
+def test_a_trainer_that_does_not_answer_is_an_error(memory):
+    mine, theirs = socket.socketpair()
+    with theirs:
+        link = PackLink(3, mine, 0.2)
+        link.begin(memory, rows(torch.ones(16, 8), memory.buckets[0]), threads=1)
+        began = time.monotonic()
+        with pytest.raises(TransferError, match=r"trainer of rank 3 .* no answer"):
+            link.end()
+        assert time.monotonic() - began < 10.0
+        link.drain()
+        with pytest.raises(TransferError, match="takes no more requests"):
+            link.begin(memory, rows(torch.ones(16, 8), memory.buckets[0]), threads=1)
+
+
+def test_a_trainer_that_is_gone_is_an_error(memory):
+    mine, theirs = socket.socketpair()
+    link = PackLink(3, mine, TIMEOUT_S)
+    theirs.close()
+    with pytest.raises(TransferError, match=r"trainer of rank 3 .* takes no more requests"):
+        link.begin(memory, rows(torch.ones(16, 8), memory.buckets[0]), threads=1)
+        link.end()
+
+
+def test_the_thread_ends_with_the_scheduler_process(packer):
+    before = set(threading.enumerate())
+    sock = packer.start()
+    (thread,) = set(threading.enumerate()) - before
+    sock.close()
+    thread.join(TIMEOUT_S)
+    assert not thread.is_alive()
