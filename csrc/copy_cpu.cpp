@@ -9,17 +9,17 @@
 #include <mutex>
 #include <new>
 #include <string>
-#include <thread>
 
 #include "casts.hpp"
 #include "copy.hpp"
 #include "errors.hpp"
 #include "process_memory.hpp"
+#include "threads.hpp"
 
 namespace spmd {
 namespace {
 
-constexpr uint64_t kTileBytes = uint64_t{1} << 20;
+constexpr uint64_t kTileBytes = uint64_t{1} << 18;
 
 // A further piece in an iovec list costs about as much as reading this many bytes more. It is less than a page, so a
 // gap cannot hide a page that no row touches: reading over gaps meets no unmapped page.
@@ -237,12 +237,7 @@ std::vector<Worker> run_tiles(std::vector<BlockCopy>& table, const std::vector<i
       stop = true;
     }
   };
-  {
-    std::vector<std::jthread> others;
-    others.reserve(workers.size() - 1);
-    for (size_t i = 1; i < workers.size(); ++i) others.emplace_back(work, std::ref(workers[i]));
-    work(workers[0]);
-  }
+  run_on_threads(static_cast<int>(workers.size()), [&](int number) { work(workers[static_cast<size_t>(number)]); });
   if (failure) std::rethrow_exception(failure);
   return workers;
 }

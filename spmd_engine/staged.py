@@ -23,7 +23,7 @@ from spmd_engine.stages import ARRIVED, BUCKETS, ITEM_SIZES, PACKED, StagedPlan,
 
 logger = logging.getLogger(__name__)
 
-BUCKET_BYTES = 64 << 20
+BUCKET_BYTES = 32 << 20
 # [kind, message] of what went wrong on a rank, None if nothing did.
 Failure = list[str] | None
 Attempt = Callable[[Callable[[], object]], Failure]

@@ -114,3 +114,23 @@ def test_empty_table() -> None:
     table = np.zeros(0, BLOCK_COPY_DTYPE)
     assert copy_cpu(table, pids=[], threads=3).bytes_read == 0
     assert compare_cpu(table, pids=[]) == CompareResult(wrong_elements=0, first=None)
+
+
+def test_threads_wait_for_the_next_copy_and_a_fork_gets_its_own():
+    source = np.random.default_rng(0).integers(0, 256, 8 << 20, dtype=np.uint8)
+    target = np.zeros(8 << 20, np.uint8)
+    table = np.zeros(1, BLOCK_COPY_DTYPE)
+    table["src"], table["dst"], table["rows"], table["row_elems"] = source.ctypes.data, target.ctypes.data, 1, 8 << 20
+    table["src_dtype"] = table["dst_dtype"] = ElementType.RAW8
+    before = len(os.listdir("/proc/self/task"))
+    for threads in (2, 5, 3, 5, 1):
+        target[:] = 0
+        copy_cpu(table, pids=[0], threads=threads)
+        assert np.array_equal(source, target)
+    assert len(os.listdir("/proc/self/task")) <= before + 4
+    pid = os.fork()
+    if pid == 0:
+        target[:] = 0
+        copy_cpu(table, pids=[0], threads=5)
+        os._exit(0 if np.array_equal(source, target) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
