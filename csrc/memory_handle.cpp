@@ -82,6 +82,12 @@ void close_handle(uint64_t address) {
   SPMD_CHECK_CUDA(cudaIpcCloseMemHandle(reinterpret_cast<void*>(address)));
 }
 
+void pin(uint64_t address, uint64_t size) {
+  SPMD_CHECK_CUDA(cudaHostRegister(reinterpret_cast<void*>(address), size, cudaHostRegisterPortable));
+}
+
+void unpin(uint64_t address) { SPMD_CHECK_CUDA(cudaHostUnregister(reinterpret_cast<void*>(address))); }
+
 std::string device_uuid(int device) {
   cudaDeviceProp properties;
   SPMD_CHECK_CUDA(cudaGetDeviceProperties(&properties, device));

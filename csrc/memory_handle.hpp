@@ -27,6 +27,11 @@ std::vector<uint64_t> allocation_ids(const std::vector<uint64_t>& addresses);
 uint64_t open_handle(int device, const std::string& handle);
 void close_handle(uint64_t address);
 
+// Lets GPUs copy from and to memory of the CPU at full speed, as cudaHostAlloc's. It must stay mapped until it is
+// unpinned.
+void pin(uint64_t address, uint64_t size);
+void unpin(uint64_t address);
+
 // As nvidia-smi prints it.
 std::string device_uuid(int device);
 

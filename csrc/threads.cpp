@@ -7,8 +7,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 namespace spmd {
@@ -41,13 +41,14 @@ class Team {
 
  private:
   void add_up_to(int size) {
-    sigset_t all, before;  // signals are for the threads that the process had
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    sigset_t sent, before;  // what others send is for the threads that the process had
+    sigfillset(&sent);
+    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT}) sigdelset(&sent, fault);
+    pthread_sigmask(SIG_SETMASK, &sent, &before);
     try {
       for (; size_ < size; ++size_)
         std::thread(&Team::serve, this, size_ + 1, round_.load(std::memory_order_relaxed)).detach();
-    } catch (const std::system_error&) {  // the system has no more threads
+    } catch (const std::exception&) {  // the system has no more threads, or no memory
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }

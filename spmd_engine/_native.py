@@ -235,6 +235,20 @@ def close_handle(address: int) -> None:
     _cuda("close_handle")(address)
 
 
+def pin(address: int, size: int) -> None:
+    """Lets GPUs copy from and to memory of the CPU at full speed; it must stay mapped until `unpin`.
+
+    Raises:
+        CudaError: it cannot be pinned: a limit, or no memory.
+    """
+    _cuda("pin")(address, size)
+
+
+def unpin(address: int) -> None:
+    """Ends `pin`. No copy may still run."""
+    _cuda("unpin")(address)
+
+
 class ChunkMapping:
     """Chunks of another process, mapped side by side in one range of addresses. For one thread at a time.
 

@@ -323,7 +323,7 @@ class Channel:
                     frame, fds = frame[sent:], ()
         except BaseException:
             if 0 < len(frame) < size:
-                self._give_up()
+                self.give_up()
             raise
         finally:
             self._send_lock.release()
@@ -356,7 +356,7 @@ class Channel:
         except (ConnectionResetError, BrokenPipeError) as error:
             raise ChannelClosed(str(error)) from error
         except BaseException:
-            self._give_up()  # the rest of a message must not be taken for the next one
+            self.give_up()  # the rest of a message must not be taken for the next one
             raise
         return pickle.loads(data), tuple(fds)
 
@@ -376,8 +376,8 @@ class Channel:
             if deadline is not None and time.monotonic() >= deadline:
                 raise ChannelTimeout(f"no message in {timeout_s} s")
 
-    def _give_up(self) -> None:
-        """After half a message: both ends see the channel closed."""
+    def give_up(self) -> None:
+        """Both ends see the channel closed, also where a forked process keeps it open: after half a message, say."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 

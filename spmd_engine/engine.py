@@ -250,6 +250,7 @@ class SpmdEngine(LeaderCalls):
                 spin_s=self._spin_s,
             )
 
+        self._caller.check_owner()  # a fork has no thread that packs, but perhaps its lock
         with self._updates.packing():
             try:
                 made, value = update()

@@ -69,11 +69,13 @@ class SharedMemory:
 
     Attributes:
         name: tells this memory from other such memory of the process.
+        fd: of the file that the memory is; it has no other name.
         address: where it begins.
         buckets: uint8 tensors.
 
     Raises:
-        RuntimeError: the memory cannot be pinned.
+        CudaError: the memory cannot be pinned.
+        OSError: there is none.
     """
 
     _names = iter(range(1 << 62))
@@ -81,32 +83,29 @@ class SharedMemory:
     def __init__(self, count: int, size: int, *, pinned: bool) -> None:
         self.name, self.size = next(self._names), count * size
         self.fd = os.memfd_create("spmd-engine buckets", os.MFD_CLOEXEC)
+        self._is_pinned = False
         try:
             os.ftruncate(self.fd, self.size)
             memory = mmap.mmap(self.fd, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            whole = torch.frombuffer(memory, dtype=torch.uint8)
+            self.address = whole.data_ptr()
+            if pinned:
+                _native.pin(self.address, self.size)
+                self._is_pinned = True
+            self.buckets = list(whole.split(size))
         except BaseException:
-            os.close(self.fd)
+            self.close()
             raise
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self.address = whole.data_ptr()
-        self._is_pinned = False
-        if pinned:
-            status = int(torch.cuda.cudart().cudaHostRegister(self.address, self.size, 0))  # type: ignore[attr-defined]
-            if status != 0:
-                os.close(self.fd)
-                raise RuntimeError(f"{self.size} bytes of CPU memory cannot be pinned: CUDA error {status}")
-            self._is_pinned = True
-        self.buckets = list(whole.split(size))
 
     def close(self) -> None:
-        """Unpin it; it goes with the last tensor. Twice is fine."""
+        """Unpin it; it goes with the last tensor. No copy may still run. Twice is fine."""
+        self.buckets = []
         if self._is_pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[attr-defined]
             self._is_pinned = False
+            _native.unpin(self.address)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        self.buckets = []
 
 
 class PackLink:
@@ -116,24 +115,36 @@ class PackLink:
         rank: of the trainer, for messages.
         sock: from the trainer.
         timeout_s: seconds to wait for a bucket.
+
+    Attributes:
+        may_look: whether this process can read the trainer's memory, as far as is known.
     """
 
     def __init__(self, rank: int, sock: socket.socket, timeout_s: float) -> None:
+        self.may_look = True
         self._rank, self._channel, self._timeout_s = rank, Channel(sock), timeout_s
         self._running = 0
 
-    def share(self, memory: SharedMemory) -> None:
-        """Let the trainer map it.
+    def share(self, count: int, size: int, *, pinned: bool) -> SharedMemory:
+        """Buckets for the trainer to fill, until `unshare`. Arguments as for `SharedMemory`.
 
         Raises:
-            TransferError: the trainer is gone.
+            TransferError: the trainer packs nothing any more.
+            CudaError, OSError: see `SharedMemory`.
         """
-        self._send(Share(memory.name, memory.size), (memory.fd,))
+        memory = SharedMemory(count, size, pinned=pinned)
+        try:
+            self._send(Share(memory.name, memory.size), (memory.fd,))
+        except BaseException:
+            memory.close()
+            raise
+        return memory
 
     def unshare(self, memory: SharedMemory) -> None:
-        """Let the trainer give it up."""
+        """Give the buckets up, on both sides."""
         with contextlib.suppress(TransferError):
             self._send(Unshare(memory.name))
+        memory.close()
 
     def begin(self, memory: SharedMemory, table: np.ndarray, *, threads: int) -> None:
         """Ask for blocks.
@@ -144,7 +155,7 @@ class PackLink:
             threads: that the trainer may use.
 
         Raises:
-            TransferError: the trainer is gone.
+            TransferError: the trainer packs nothing any more.
         """
         table = table.copy()
         table["dst"] -= np.uint64(memory.address)
@@ -162,8 +173,8 @@ class PackLink:
             packed, _ = self._channel.recv(self._timeout_s)
         except (ChannelClosed, ChannelTimeout) as error:
             self._running = 0
-            self._channel.close()  # a late answer must not be taken for the next one
-            raise self._failure(f"it gave no answer: {error}") from error
+            self._channel.give_up()  # a late answer must not be taken for the next one
+            raise self._failure(f"it gave no answer ({error}). engine.restart() helps") from error
         self._running -= 1
         if packed.error is not None:
             raise self._failure(packed.error)
@@ -178,7 +189,7 @@ class PackLink:
         try:
             self._channel.send(message, fds, timeout_s=self._timeout_s)
         except (ChannelClosed, ChannelTimeout) as error:
-            raise self._failure(f"it takes no more requests: {error}") from error
+            raise self._failure(f"it takes no requests any more ({error}). engine.restart() helps") from error
 
     def _failure(self, why: str) -> TransferError:
         return TransferError(f"the trainer of rank {self._rank} did not pack its shards: {why}")
@@ -198,7 +209,7 @@ class Packer:
         self._rank = rank
         self._memory: dict[int, np.ndarray] = {}
         self._copying = threading.Lock()
-        self._is_working = False
+        self._updates: set[object] = set()  # that run
 
     def start(self) -> socket.socket:
         """Start the thread. It ends when the returned socket, which is for the scheduler process, is closed there."""
@@ -210,42 +221,63 @@ class Packer:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """While the shards last that may be packed. Leaving waits for the bucket that is being packed."""
-        self._is_working = True
+        update = object()
+        self._updates.add(update)
         try:
             yield
         finally:
+            self._updates.discard(update)
             with self._copying:
-                self._is_working = False
+                pass
 
     def _serve(self, channel: Channel) -> None:
+        failed: dict[int, str] = {}  # to share memory
         try:
             while True:
                 message, fds = channel.recv()
                 if isinstance(message, Share):
-                    with os.fdopen(fds[0], "rb") as file:
-                        memory = mmap.mmap(file.fileno(), message.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-                    self._memory[message.name] = np.frombuffer(memory, np.uint8)
+                    try:
+                        self._memory[message.name] = _mapped(fds, message.size)
+                    except (OSError, ValueError) as error:
+                        failed[message.name] = f"it could not map {message.size} bytes: {error}"
                 elif isinstance(message, Unshare):
                     self._memory.pop(message.name, None)
+                    failed.pop(message.name, None)
                 else:
-                    channel.send(Packed(self._pack(message)))
+                    channel.send(Packed(failed.get(message.name) or self._pack(message)))
         except ChannelClosed:
             pass
         except Exception:
             logger.exception("rank %d: the thread that packs shards has ended", self._rank)
         finally:
-            channel.close()  # the scheduler process does not wait for more
+            channel.give_up()  # the scheduler process must not wait for more
+            channel.close()
             self._memory.clear()
 
     def _pack(self, request: Pack) -> str | None:
-        table = request.table
-        table["dst"] += np.uint64(self._memory[request.name].ctypes.data)
-        threads = max(1, min(request.threads, len(os.sched_getaffinity(0))))
+        """Copy; what went wrong, if something did."""
         with self._copying:
-            if not self._is_working:
+            if not self._updates:
                 return "its update has ended"
             try:
+                table = request.table
+                table["dst"] += np.uint64(self._memory[request.name].ctypes.data)
+                threads = max(1, min(request.threads, len(os.sched_getaffinity(0))))
                 _native.copy_cpu(table, pids=[0], threads=threads)
-            except _native.TableError as error:
-                return str(error)
+            except Exception as error:  # of whatever kind: the scheduler process waits
+                return f"{type(error).__name__}: {error}"
         return None
+
+
+def _mapped(fds: tuple[int, ...], size: int) -> np.ndarray:
+    """The memory of the file behind the one descriptor, which is closed.
+
+    Raises:
+        OSError: it cannot be mapped.
+        ValueError: the descriptor did not come: this process has too many.
+    """
+    (fd,) = fds
+    try:
+        return np.frombuffer(mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), np.uint8)
+    finally:
+        os.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,6 @@ from spmd_engine.stages import ARRIVED, BUCKETS, ITEM_SIZES, PACKED, StagedPlan,
 
 logger = logging.getLogger(__name__)
 
-BUCKET_BYTES = 32 << 20
 # [kind, message] of what went wrong on a rank, None if nothing did.
 Failure = list[str] | None
 Attempt = Callable[[Callable[[], object]], Failure]
@@ -114,14 +114,13 @@ class StagedTransfer:
         self._shared: SharedMemory | None = None  # with the trainer
         self._copies: torch.cuda.Stream | None = None
         if trainer is not None and packs:
-            self._shared = SharedMemory(len(PACKED), size, pinned=device.type == "cuda")
-            trainer.share(self._shared)
+            self._shared = trainer.share(len(PACKED), size, pinned=device.type == "cuda")
             self._packed = self._shared.buckets
-            if device.type == "cpu":
+            if device.type == "cuda":
+                self._copies = torch.cuda.Stream(device)
+            else:
                 for number, bucket in zip(PACKED, self._packed, strict=True):
                     self._buckets[number] = bucket
-            else:
-                self._copies = torch.cuda.Stream(device)
         # How many steps before a bucket is sent it begins to be packed, and must be. What goes to a GPU first is packed
         # into a bucket of the CPU as soon as that has been copied, and copied as soon as all ranks have sent.
         self._begins_ahead, self._ends_ahead = (len(PACKED), 2) if self._copies is not None else (1, 1)
@@ -158,14 +157,14 @@ class StagedTransfer:
             base = self._packed[number % len(PACKED)].data_ptr()
             table = step.pack.table.copy()
             table["dst"] += np.uint64(base)
-            self._packs.append(self._pack_of(TransferPlan(table, step.pack.rank, step.pack.weight, 0, 0)))
+            pack = TransferPlan(table, step.pack.rank, step.pack.weight, 0, 0)
+            if self._shared is None:
+                self._packs.append(self._transfer(pack))
+            else:
+                assert self._trainer is not None
+                sent = self._buckets[PACKED[number % len(PACKED)]]
+                self._packs.append(TrainerTransfer(pack, self._rank, self._trainer, self._shared, sent, base))
             self._unpacks.append(self._transfer(step.unpack))
-
-    def _pack_of(self, plan: TransferPlan) -> transfer.Transfer | None:
-        if not len(plan.table) or self._trainer is None:
-            return self._transfer(plan)
-        assert self._shared is not None
-        return TrainerTransfer(plan, self._rank, self._trainer, self._shared)
 
     def _transfer(self, plan: TransferPlan) -> transfer.Transfer | None:
         if not len(plan.table):
@@ -197,7 +196,7 @@ class StagedTransfer:
             agree: tells all ranks of this one's failure, and whether any rank has one. Also a barrier.
             attempt: runs an action; returns how it failed, if it did.
             failure: of what came before, on this rank.
-            verify: compare what was packed and what was unpacked.
+            verify: compare what is sent, once it lies where it is sent from, and what was unpacked.
 
         Returns:
             The failure of this rank; whether that of some rank stopped all; and how many elements differ.
@@ -208,7 +207,7 @@ class StagedTransfer:
             for number in range(self._begins_ahead):
                 self._begin_pack(number)
             for number in range(self._ends_ahead):
-                self._end_pack(number, wrong, verify)
+                self._end_pack(number)
                 if number == 0:
                     self._upload(number)
             self._synchronize()
@@ -229,6 +228,8 @@ class StagedTransfer:
         """Everybody has step `number` in the bucket that it is sent from, and has unpacked the one before the last."""
         wait = self._send(number)
         try:
+            if verify and self._step(number) is not None and (pack := self._packs[number]) is not None:
+                wrong[0] += pack.compare()
             unpacking = self._begin_unpack(number - 1)
             self._upload(number + 1)
             self._begin_pack(number + self._begins_ahead)
@@ -236,7 +237,7 @@ class StagedTransfer:
                 unpacking.finish()
                 if verify:
                     wrong[0] += unpacking.compare()
-            self._end_pack(number + self._ends_ahead, wrong, verify)
+            self._end_pack(number + self._ends_ahead)
         finally:  # also after a failure: nobody may free a bucket that is being read
             wait()
             self._synchronize()
@@ -252,11 +253,9 @@ class StagedTransfer:
         if self._step(number) is not None and (pack := self._packs[number]) is not None:
             pack.start()
 
-    def _end_pack(self, number: int, wrong: list[int], verify: bool) -> None:
+    def _end_pack(self, number: int) -> None:
         if self._step(number) is not None and (pack := self._packs[number]) is not None:
             pack.finish()
-            if verify:
-                wrong[0] += pack.compare()
 
     def _upload(self, number: int) -> None:
         """Begin to copy what was packed on the CPU for a GPU. On a stream of its own: others may wait for theirs."""
@@ -307,36 +306,46 @@ class StagedTransfer:
         if self._shared is not None:
             assert self._trainer is not None
             self._trainer.unshare(self._shared)
-            self._shared.close()
             self._shared = None
 
 
 class TrainerTransfer(transfer.CpuTransfer):
     """Blocks that the trainer copies into memory which it shares with this process.
 
-    What would end the trainer, shards that are not mapped, is looked for from here, whenever they have moved.
+    Shards that are not mapped would end the trainer: their ends are looked at from here whenever they have moved.
+    Memory that goes away under a tensor later ends it, a truncated file, say, as any other use of the tensor would.
+
+    Args:
+        shared: where the blocks go.
+        sent: the bucket, there or on a GPU, in which they are sent later.
+        base: address of the bucket in `shared`.
     """
 
-    def __init__(self, plan: TransferPlan, rank: int, trainer: PackLink, shared: SharedMemory) -> None:
+    def __init__(
+        self, plan: TransferPlan, rank: int, trainer: PackLink, shared: SharedMemory, sent: torch.Tensor, base: int
+    ) -> None:
         super().__init__(plan, rank)
-        self._trainer, self._shared = trainer, shared
+        self._trainer, self._shared, self._sent, self._base = trainer, shared, sent, base
 
     def bind(self, memories: Mapping[int, ShardMemory]) -> None:
         super().bind(memories)
         assert self._table is not None
+        if not self._trainer.may_look or not len(self._table):
+            return
         ends = np.repeat(self._table, 2)
-        last = self._table[["rows", "row_elems", "src_pitch", "src_dtype"]]
-        sizes = last["row_elems"].astype(np.int64) * ITEM_SIZES[last["src_dtype"]]
-        ends["src"][1::2] += ((last["rows"].astype(np.int64) - 1) * last["src_pitch"] + sizes - 1).astype(np.uint64)
+        rows = self._table["rows"].astype(np.int64) - 1
+        row_bytes = self._table["row_elems"].astype(np.int64) * ITEM_SIZES[self._table["src_dtype"]]
+        ends["src"][1::2] += (rows * self._table["src_pitch"] + row_bytes - 1).astype(np.uint64)
         seen = np.zeros(1, np.uint8)
         ends["dst"], ends["rows"], ends["row_elems"] = seen.ctypes.data, 1, 1
         ends["src_dtype"] = ends["dst_dtype"] = ElementType.RAW8
         try:
             _native.copy_cpu(ends, pids=self._pids)
-        except _native.SourcePermissionError:
-            logger.warning("rank %d: cannot look whether the trainer's shards are mapped", self._rank)
-        except (_native.NativeError, _native.TableError) as error:
-            raise self._failure(error) from error
+        except _native.SourceError as error:
+            if not isinstance(error, _native.SourcePermissionError) and getattr(error, "errno", 0) != errno.ENOSYS:
+                raise self._failure(error) from error
+            self._trainer.may_look = False
+            logger.warning("rank %d: cannot look whether the trainer's shards are mapped: %s", self._rank, error)
 
     def start(self) -> None:
         assert self._table is not None
@@ -346,3 +355,11 @@ class TrainerTransfer(transfer.CpuTransfer):
         began = time.monotonic()
         self._trainer.end()
         return time.monotonic() - began
+
+    def compare(self) -> int:
+        """As for `CpuTransfer`, in the bucket that is sent."""
+        assert self._table is not None
+        sent, table = self._sent.cpu(), self._table.copy()
+        table["dst"] += np.uint64(sent.data_ptr())
+        table["dst"] -= np.uint64(self._base)
+        return self._compare(table)

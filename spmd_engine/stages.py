@@ -130,7 +130,7 @@ def plan_stages(
     by_node = {node: [r for r in ranks if nodes[r] == node] for node in sorted(set(nodes.values()))}
     stages = tuple(sorted(_stages(wanted, nodes, by_node)))
     crowd = Counter(end for stage in stages for end in (("out", stage.sender), ("in", stage.receiver)))
-    limit = bucket_bytes // max(crowd.values(), default=1) // _ALIGN * _ALIGN
+    limit = max(1, bucket_bytes // max(crowd.values(), default=1) // _ALIGN) * _ALIGN
     outgoing = [stage for stage in stages if stage.sender == rank]
     incoming = [stage for stage in stages if stage.node == nodes[rank]]
     packed, packs, unpacks = {}, {}, {}

@@ -38,7 +38,7 @@ class Transfer(Protocol):
         """
 
     def start(self) -> None:
-        """Begin to move everything: on a GPU it goes on by itself, on the CPU `finish` does it.
+        """Begin to move everything. It may go on by itself, or `finish` does it.
 
         Raises:
             TransferError: the parameters are undefined.
@@ -139,8 +139,11 @@ class CpuTransfer:
 
     def compare(self) -> int:
         assert self._table is not None
+        return self._compare(self._table)
+
+    def _compare(self, table: np.ndarray) -> int:
         try:
-            found = _native.compare_cpu(self._table, pids=self._pids, threads=self._threads)
+            found = _native.compare_cpu(table, pids=self._pids, threads=self._threads)
             return _wrong(found, self._plan, self._rank)
         except _NATIVE_ERRORS as error:
             raise self._failure(error) from error

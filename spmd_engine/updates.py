@@ -17,7 +17,7 @@ from spmd_engine import _native
 from spmd_engine.caller import Caller, KnownToAllError
 from spmd_engine.channel import Descriptors, Packing
 from spmd_engine.digest import digest
-from spmd_engine.errors import PlanError, TransferError
+from spmd_engine.errors import ConfigError, PlanError, TransferError
 from spmd_engine.fd_passing import PassingError
 from spmd_engine.handles import Exporter, ShardMemory
 from spmd_engine.layout import SourceLayout
@@ -28,6 +28,8 @@ from spmd_engine.rendezvous import Rendezvous
 from spmd_engine.sources import Source, SourceReader, ranks_of
 
 T = TypeVar("T")
+
+_BUCKET_BYTES, _LEAST_BUCKET_BYTES = 32 << 20, 4096
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class WeightUpdates:
         self._last = None
         if moved:
             self._pass_descriptors(memory)
+        bucket_bytes = _bucket_bytes()
         payload = {
             "ranks": self.last_ranks,
             "key": key,
@@ -99,6 +102,7 @@ class WeightUpdates:
             "memory": memory if moved else None,
             "verify": verify,
             "running": running,
+            "bucket_bytes": bucket_bytes,
         }
         count = len(described.layout.weights)
         summary = f"{count} weights over ranks {list(self.last_ranks)}, layout {key[:8]}, verify={verify}"
@@ -106,7 +110,7 @@ class WeightUpdates:
         if device is not None and torch.cuda.is_initialized():  # what is in CPU memory may have come from a GPU
             # The shards are final once what this thread has queued is done. Other streams may go on.
             torch.cuda.current_stream(device).synchronize()
-        agreed = [self.last_ranks, key, verify, running]
+        agreed = [self.last_ranks, key, verify, running, bucket_bytes]
         return UpdateRequest(payload, agreed, summary, memory, described, time.monotonic() - began)
 
     def prepare_survey(
@@ -249,6 +253,18 @@ class WeightUpdates:
                 raise TransferError(
                     f"rank {self._rank} could not pass its shards' memory to its scheduler process: {error}"
                 ) from error
+
+
+def _bucket_bytes() -> int:
+    """Size of the buckets of what cannot be read in place.
+
+    Raises:
+        ConfigError: the environment has no such size.
+    """
+    text = os.environ.get("SPMD_ENGINE_BUCKET_BYTES", str(_BUCKET_BYTES))
+    if not text.isdecimal() or int(text) < _LEAST_BUCKET_BYTES:
+        raise ConfigError(f"SPMD_ENGINE_BUCKET_BYTES must be {_LEAST_BUCKET_BYTES} or more, is {text!r}")
+    return int(text)
 
 
 def _holders_of(source: object) -> set[int]:

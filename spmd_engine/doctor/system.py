@@ -42,7 +42,7 @@ def check_process_memory(machine: Machine) -> Finding:
         f"for all ranks of a node; on the host: sysctl kernel.yama.ptrace_scope=1 or 0 if {_PTRACE_SCOPE} is 2 or 3"
     )
     if machine.gpu_count:
-        return warning(f"{found}. Engines on GPUs need it only for weights that are kept in CPU memory", fix)
+        return warning(f"{found}. Engines on GPUs need it only to verify weights that are kept in CPU memory", fix)
     return failure(f"{found}. Engines on the CPU read weights so", fix)
 
 

@@ -28,7 +28,7 @@ from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.loading import check_all_used, record, recorded
 from spmd_engine.scheduler.recorder import DTYPES
-from spmd_engine.staged import BUCKET_BYTES, Failure, Network, StagedTransfer, join_store, serve_store
+from spmd_engine.staged import Failure, Network, StagedTransfer, join_store, serve_store
 from spmd_engine.stats import UpdateStats
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,8 @@ class WeightsKeeper:
         is_new = (key, situation) not in self._prepared
         if is_new:
             enter("plan")
-            self._prepared[key, situation] = self._prepare_together(key, ranks, nodes, exchange)
+            made = self._prepare_together(key, ranks, nodes, exchange, payload["bucket_bytes"])
+            self._prepared[key, situation] = made
         self._situations[key] = situation
         prepared = self._prepared[key, situation]
         binding = time.monotonic()
@@ -285,7 +286,7 @@ class WeightsKeeper:
             self._prepared.pop(one).close()
 
     def _prepare_together(
-        self, key: str, ranks: tuple[int, ...], nodes: Mapping[int, int], exchange: Exchange
+        self, key: str, ranks: tuple[int, ...], nodes: Mapping[int, int], exchange: Exchange, bucket_bytes: int
     ) -> _Prepared:
         """Record and plan on all ranks; none keeps a plan that another could not make."""
         made: list[tuple[_Prepared, TransferPlan]] = []
@@ -299,7 +300,7 @@ class WeightsKeeper:
         prepared, rest = made[0]
         # The same on all ranks: whether any of them has something that it cannot read in place.
         if any(transfer.unreachable(memories, nodes, rank, self.device) for rank in ranks):
-            prepared.staged = self._prepare_stages(rest, ranks, nodes, exchange)
+            prepared.staged = self._prepare_stages(rest, ranks, nodes, exchange, bucket_bytes)
         return prepared
 
     def _prepare(
@@ -337,12 +338,18 @@ class WeightsKeeper:
         return prepared, rest
 
     def _prepare_stages(
-        self, rest: TransferPlan, ranks: tuple[int, ...], nodes: Mapping[int, int], exchange: Exchange
+        self,
+        rest: TransferPlan,
+        ranks: tuple[int, ...],
+        nodes: Mapping[int, int],
+        exchange: Exchange,
+        bucket_bytes: int,
     ) -> StagedTransfer:
         """Plan with all ranks how the rest comes, and connect to them.
 
         Args:
             rest: what this rank cannot read in place; other ranks may have some if it has none.
+            bucket_bytes: size of a bucket.
         """
         frames = exchange({}, stages.wants(rest).tobytes())
         wanted = {r: np.frombuffer(blob, stages.WANT_DTYPE) for r, (_, blob) in zip(ranks, frames, strict=True)}
@@ -351,7 +358,7 @@ class WeightsKeeper:
         stores: list[dist.Store] = []
 
         def make() -> None:
-            plan = stages.plan_stages(rest, wanted, rank=self._rank, nodes=nodes, bucket_bytes=BUCKET_BYTES)
+            plan = stages.plan_stages(rest, wanted, rank=self._rank, nodes=nodes, bucket_bytes=bucket_bytes)
             trainer = self._packing if self._memories[self._rank].is_cpu else None
             made.append(
                 StagedTransfer(plan, rank=self._rank, device=self.device, handles=self._handles, trainer=trainer)
@@ -377,14 +384,19 @@ class WeightsKeeper:
                 )
             made[0].accept(dict(zip(ranks, offered, strict=True)), self._networks.get(ranks))
 
-        error = self.attempt(make)
-        header, blob = offers[0] if error is None else ({}, b"")
-        offered = exchange({"error": error, **header}, blob)
-        raise_first(offered, ranks)
-        frames = exchange({"error": self.attempt(connect)}, b"")
-        if any(state["error"] is not None for state, _ in frames):
-            self._networks.pop(ranks, None)  # some ranks may have joined it
-        raise_first(frames, ranks)
+        try:
+            error = self.attempt(make)
+            header, blob = offers[0] if error is None else ({}, b"")
+            offered = exchange({"error": error, **header}, blob)
+            raise_first(offered, ranks)
+            frames = exchange({"error": self.attempt(connect)}, b"")
+            if any(state["error"] is not None for state, _ in frames):
+                self._networks.pop(ranks, None)  # some ranks may have joined it
+            raise_first(frames, ranks)
+        except BaseException:
+            for one in made:
+                one.close()
+            raise
         return made[0]
 
     # ---- the copy and after ----

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from spmd_engine import _native
 from spmd_engine._native import BLOCK_COPY_DTYPE, ElementType
 from spmd_engine.errors import TransferError
-from spmd_engine.packing import Packer, PackLink, SharedMemory
+from spmd_engine.packing import Packer, PackLink, Share, SharedMemory
 
 TIMEOUT_S = 30.0
 
@@ -39,11 +43,9 @@ def link(packer):
 
 @pytest.fixture
 def memory(link):
-    memory = SharedMemory(2, 4096, pinned=False)
-    link.share(memory)
+    memory = link.share(2, 4096, pinned=False)
     yield memory
     link.unshare(memory)
-    memory.close()
 
 
 def test_blocks_arrive_in_the_buckets_that_they_are_for(packer, link, memory):
@@ -68,16 +70,70 @@ def test_nothing_is_read_once_the_update_has_ended(packer, link, memory):
 
 def test_the_update_ends_after_the_bucket_that_is_being_packed(packer, link, memory):
     shard = torch.ones(1 << 20, 8)
-    large = SharedMemory(1, shard.nbytes, pinned=False)
-    link.share(large)
+    large = link.share(1, shard.nbytes, pinned=False)
+    deadline = time.monotonic() + TIMEOUT_S
     with packer.working():
         link.begin(large, rows(shard, large.buckets[0]), threads=1)
-        while not large.buckets[0][0]:  # 1.0 begins with zeros
-            if large.buckets[0][3]:
-                break
+        while not large.buckets[0][3]:  # 1.0 ends with 0x3f
+            assert time.monotonic() < deadline
     whole = large.buckets[0].view(torch.float32).eq(1.0)
     assert bool(whole.all())
     link.end()
+    link.unshare(large)
+
+
+def test_requests_that_wait_when_the_update_ends_are_refused(packer, link, memory):
+    shard = torch.ones(1 << 20, 8)
+    large = link.share(1, shard.nbytes, pinned=False)
+    with packer.working():
+        for _ in range(4):
+            link.begin(large, rows(shard, large.buckets[0]), threads=1)
+        link.end()
+    shard.fill_(2.0)  # nobody reads it any more
+    link.drain()
+    assert bool(large.buckets[0].view(torch.float32).eq(1.0).all())
+    link.unshare(large)
+
+
+def test_memory_that_is_given_up_is_unmapped_on_both_sides(link):
+    descriptors = set(os.listdir("/proc/self/fd"))
+    memory = link.share(1, 4096, pinned=False)
+    inode = os.fstat(memory.fd).st_ino
+
+    def await_mappings(count):
+        deadline = time.monotonic() + TIMEOUT_S
+        while sum(line.split()[4] == str(inode) for line in Path("/proc/self/maps").read_text().splitlines()) != count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    await_mappings(2)
+    link.unshare(memory)
+    await_mappings(0)
+    assert set(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_memory_that_the_trainer_cannot_map_is_an_error_and_other_memory_serves(packer, link, memory):
+    shard, (reader, writer) = torch.randn(16, 8), os.pipe()
+    bad = SharedMemory(1, 4096, pinned=False)
+    os.dup2(reader, bad.fd)
+    link._send(Share(bad.name, bad.size), (bad.fd,))
+    with packer.working():
+        link.begin(bad, rows(shard, bad.buckets[0]), threads=1)
+        with pytest.raises(TransferError, match="could not map 4096 bytes"):
+            link.end()
+        link.begin(memory, rows(shard, memory.buckets[0]), threads=1)
+        link.end()
+    link.unshare(bad)
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be pinned here")
+def test_memory_that_cannot_be_pinned_leaves_nothing_behind(link):
+    descriptors = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(_native.NativeError):
+        link.share(1, 4096, pinned=True)
+    assert set(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_a_failure_is_told_and_the_next_bucket_comes(packer, link, memory):
@@ -114,7 +170,7 @@ def test_a_trainer_that_does_not_answer_is_an_error(memory):
             link.end()
         assert time.monotonic() - began < 10.0
         link.drain()
-        with pytest.raises(TransferError, match="takes no more requests"):
+        with pytest.raises(TransferError, match="takes no requests any more"):
             link.begin(memory, rows(torch.ones(16, 8), memory.buckets[0]), threads=1)
 
 
@@ -122,7 +178,7 @@ def test_a_trainer_that_is_gone_is_an_error(memory):
     mine, theirs = socket.socketpair()
     link = PackLink(3, mine, TIMEOUT_S)
     theirs.close()
-    with pytest.raises(TransferError, match=r"trainer of rank 3 .* takes no more requests"):
+    with pytest.raises(TransferError, match=r"trainer of rank 3 .* takes no requests any more"):
         link.begin(memory, rows(torch.ones(16, 8), memory.buckets[0]), threads=1)
         link.end()
 
@@ -134,3 +190,21 @@ def test_the_thread_ends_with_the_scheduler_process(packer):
     sock.close()
     thread.join(TIMEOUT_S)
     assert not thread.is_alive()
+
+
+def test_the_end_of_the_thread_is_noticed_though_a_fork_keeps_its_socket_open(packer, memory, monkeypatch):
+    link = PackLink(0, packer.start(), TIMEOUT_S)
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(TIMEOUT_S)
+        os._exit(0)
+    try:
+        monkeypatch.setattr(packer, "_pack", None)  # a defect
+        began = time.monotonic()
+        link.begin(memory, rows(torch.ones(16, 8), memory.buckets[0]), threads=1)
+        with pytest.raises(TransferError, match="no answer"):
+            link.end()
+        assert time.monotonic() - began < TIMEOUT_S / 2
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -52,7 +53,8 @@ def update(
 
 
 def sources(context: Any, path: str) -> dict[str, Any]:
-    """Two replicas, one on each node, and one trainer over both."""
+    """Two replicas, one on each node, and one trainer over both. Buckets are small, so updates take many steps."""
+    os.environ["SPMD_ENGINE_BUCKET_BYTES"] = "8192"
     with context.engine(path, 2, enable_memory_saver=True) as engine:
 
         def update(source: Any, **expected: Any) -> Any:
@@ -66,6 +68,10 @@ def sources(context: Any, path: str) -> dict[str, Any]:
         _, others = update(models_of[3], planned=False)  # the same layout elsewhere: bound anew, not planned
         assert others != checksums
         assert update(models_of[2], planned=False)[1] == checksums
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.ConfigError, match="4096 or more, is '9'"):
+            patch.setenv("SPMD_ENGINE_BUCKET_BYTES", "9")
+            engine.update_weights(models_of[2])
 
         # What the engine would round anyway is rounded before it travels.
         wide = shard(models.make_model("qwen2", seed=2).float(), context.world)
@@ -97,7 +103,10 @@ def sources(context: Any, path: str) -> dict[str, Any]:
 
         # A step that fails stops all ranks after it; the next update heals the mixture.
         update(models_of[3])
-        with packing_that_fails(context.rank == 3), pytest.raises(errors.TransferError, match=r"of rank 3 .*no disk"):
+        with (
+            packing_that_fails(at=3 if context.rank == 3 else 0),
+            pytest.raises(errors.TransferError, match=r"of rank 3 .*no disk"),
+        ):
             engine.update_weights(models_of[2])
         with pytest.raises(errors.WeightsInconsistentError, match="failed half-way"):
             greedy(engine)
@@ -115,11 +124,16 @@ def sources(context: Any, path: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def packing_that_fails(does: bool) -> Iterator[None]:
-    def fail(*_: Any, **__: Any) -> None:
-        raise _native.TableError("there is no disk in the drive")
+def packing_that_fails(at: int) -> Iterator[None]:
+    """This rank's packing fails at that bucket; at none if it is 0."""
+    copy_cpu, count = _native.copy_cpu, itertools.count(1)
 
-    copy_cpu, _native.copy_cpu = _native.copy_cpu, fail if does else _native.copy_cpu
+    def copy_or_fail(*args: Any, **kwargs: Any) -> _native.CopyStats:
+        if next(count) == at:
+            raise _native.TableError("there is no disk in the drive")
+        return copy_cpu(*args, **kwargs)
+
+    _native.copy_cpu = copy_or_fail
     try:
         yield
     finally:
