@@ -142,7 +142,7 @@ def sources(path: str) -> None:
             mixed.clear()
             torch.cuda.empty_cache()
 
-        # Off-loaded to the CPU, pinned or not, and cast on the way: through buckets, small ones, so that they take turns.
+        # Off-loaded to the CPU, pinned or not, and cast on the way: through buckets, so small that they take turns.
         assert engine.weight_version == before + 12
         cpu = {name: tensor.cpu() for name, tensor in weights.items()}
         pinned = {name: tensor.pin_memory() for name, tensor in cpu.items()}
