@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import models
 import pytest
 import torch
 from gpu.worker import SHAPE
+from integration.nodes import Node, two_nodes_or_skip
 
 from spmd_engine import _native
 
@@ -41,6 +43,7 @@ def run_ranks(
     one_gpu_each: bool = False,
     expandable: bool = False,
     pausable_graphs: bool = False,
+    nodes: Sequence[Node] = (),
     **arguments: Any,
 ) -> None:
     """Run a scenario of worker.py on `world` ranks.
@@ -49,6 +52,7 @@ def run_ranks(
         one_gpu_each: a rank sees its own GPU only, as under Ray.
         expandable: the trainer's memory is in expandable segments.
         pausable_graphs: SGLang captures CUDA graphs into memory that can be released.
+        nodes: one for each rank.
     """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -63,11 +67,21 @@ def run_ranks(
             env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         if pausable_graphs:
             env["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
+        if nodes:
+            env.update(nodes[rank].environment(nodes[0], ipv6=False), LOCAL_RANK="0")
+            # NCCL would see through it: the nodes are one machine.
+            env.update(NCCL_SOCKET_IFNAME=env["GLOO_SOCKET_IFNAME"], NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1")
         with open(tmp_path / f"rank{rank}.log", "wb") as log:
             command = [sys.executable, str(WORKER), scenario, json.dumps(arguments)]
             ranks.append(
                 subprocess.Popen(
-                    command, cwd=tmp_path, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    command,
+                    cwd=tmp_path,
+                    env=env,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=nodes[rank].enter if nodes else None,
                 )
             )
     deadline = time.monotonic() + TIMEOUT_S
@@ -108,6 +122,14 @@ def _logs(directory: Path, world: int) -> str:
 def test_bit_for_bit_what_sglang_loads(tmp_path: Path, name: str, tp: int, world: int, how: dict[str, bool]) -> None:
     path, other = (str(models.save_model(name, tmp_path / str(seed), seed=seed, **SHAPE)) for seed in (1, 2))
     run_ranks(tmp_path, "update", world, name=name, path=path, other=other, tp=tp, **how)
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_shards_on_another_node(tmp_path: Path) -> None:
+    path = str(models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE))
+    with two_nodes_or_skip() as nodes:
+        run_ranks(tmp_path, "other_node", 2, one_gpu_each=True, nodes=nodes, path=path)
 
 
 @pytest.mark.parametrize("pausable_graphs", [False, True], ids=["graphs-stay", "graphs-sleep"])

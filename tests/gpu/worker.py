@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -176,6 +177,36 @@ def sources(path: str) -> None:
     assert dict(os.environ) == environment
 
 
+def other_node(path: str) -> None:
+    """Two replicas, one on each node, and one trainer over both: NCCL between them, in buckets that take turns."""
+    os.environ["SPMD_ENGINE_BUCKET_BYTES"] = str(256 << 10)
+    with make_engine(path, 1) as engine:
+        model = make_trainer("qwen2", seed=2)
+        shards = {name: tensor.detach() for name, tensor in model.named_parameters()}
+        whole = {name: tensor.full_tensor() for name, tensor in shards.items()}
+        stats = engine.update_weights(whole, verify=True)
+        assert stats.wrong_elements == 0 and stats.network_bytes == 0
+        expected = engine.weight_checksums()
+        off_loaded = init_device_mesh("cpu", (dist.get_world_size(),))
+        on_cpu = {
+            name: DTensor.from_local(
+                tensor.to_local().cpu(), off_loaded, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+            )
+            for name, tensor in shards.items()
+        }
+        for source in (shards, on_cpu):
+            for verify in (True, False, False):
+                engine.update_weights({name: tensor * 2 for name, tensor in whole.items()})
+                assert engine.weight_checksums() != expected
+                stats = engine.update_weights(source, verify=verify)
+                assert stats.wrong_elements == (0 if verify else None)
+                assert engine.weight_checksums() == expected
+                needed = sum(tensor.nbytes for tensor in whole.values()) // 2
+                assert needed <= stats.network_bytes < 1.05 * needed
+            print(f"from another node: {stats.network_bytes / 1e6:.1f} MB in {stats.copy_s * 1e3:.1f} ms")
+        greedy(engine)
+
+
 def free_bytes() -> int:
     """Free memory of this rank's GPU, whoever has the rest."""
     torch.cuda.synchronize()
@@ -325,6 +356,7 @@ def out_of_memory(path: str) -> None:
 SCENARIOS: dict[str, Any] = {
     "update": update,
     "sources": sources,
+    "other_node": other_node,
     "sleep": sleep,
     "lost_gpu": lost_gpu,
     "out_of_memory": out_of_memory,

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -10,10 +8,9 @@ from typing import Any
 
 import models
 import pytest
-from pyroute2.netlink.exceptions import NetlinkError
 
 from integration.jobs import run_job
-from integration.nodes import Node, two_nodes
+from integration.nodes import Node, two_nodes_or_skip
 
 Save = Callable[..., str]
 Reference = Callable[..., list[Any]]
@@ -49,13 +46,7 @@ def reference(checkpoint: Save, tmp_path_factory: pytest.TempPathFactory) -> Ref
 @pytest.fixture(scope="session")
 def nodes() -> Iterator[tuple[Node, Node]]:
     """Two nodes with a network between them."""
-    with contextlib.ExitStack() as stack:
-        try:
-            found = stack.enter_context(two_nodes())
-        except (PermissionError, NetlinkError) as error:
-            if isinstance(error, NetlinkError) and error.code not in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP):
-                raise
-            pytest.skip(f"network namespaces cannot be made here: {error}")
+    with two_nodes_or_skip() as found:
         yield found
 
 

@@ -6,12 +6,15 @@ Processes in different network namespaces are on different nodes for spmd_engine
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import pytest
 from pyroute2 import NetNS, netns
+from pyroute2.netlink.exceptions import NetlinkError
 
 _INTERFACE = "node0"
 _USABLE_AT_ONCE = 2  # IFA_F_NODAD
@@ -91,3 +94,16 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     finally:
         for action in reversed(undo):
             action()
+
+
+@contextlib.contextmanager
+def two_nodes_or_skip() -> Iterator[tuple[Node, Node]]:
+    """`two_nodes`; without the right to make them the test is skipped."""
+    with contextlib.ExitStack() as stack:
+        try:
+            found = stack.enter_context(two_nodes())
+        except (PermissionError, NetlinkError) as error:
+            if isinstance(error, NetlinkError) and error.code not in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP):
+                raise
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        yield found
