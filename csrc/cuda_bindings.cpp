@@ -56,8 +56,8 @@ void register_cuda(py::module_& m) {
   m.def("allocation_ids", allocation_ids, py::arg("addresses"));
   m.def("open_handle", open_bytes, py::arg("device"), py::arg("handle"));
   m.def("close_handle", close_handle, py::arg("address"), Unlocked());
-  m.def("pin", pin, py::arg("address"), py::arg("size"), Unlocked());
-  m.def("unpin", unpin, py::arg("address"), Unlocked());
+  m.def("pin", pin, py::arg("device"), py::arg("address"), py::arg("size"), Unlocked());
+  m.def("unpin", unpin, py::arg("device"), py::arg("address"), Unlocked());
   m.def("device_uuid", device_uuid, py::arg("device"), Unlocked());
   m.def("export_descriptors", export_descriptors, py::arg("addresses"), Unlocked());
   py::class_<ChunkMapping>(m, "ChunkMapping")

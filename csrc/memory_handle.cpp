@@ -82,11 +82,15 @@ void close_handle(uint64_t address) {
   SPMD_CHECK_CUDA(cudaIpcCloseMemHandle(reinterpret_cast<void*>(address)));
 }
 
-void pin(uint64_t address, uint64_t size) {
+void pin(int device, uint64_t address, uint64_t size) {
+  const DeviceGuard guard(device);
   SPMD_CHECK_CUDA(cudaHostRegister(reinterpret_cast<void*>(address), size, cudaHostRegisterPortable));
 }
 
-void unpin(uint64_t address) { SPMD_CHECK_CUDA(cudaHostUnregister(reinterpret_cast<void*>(address))); }
+void unpin(int device, uint64_t address) {
+  const DeviceGuard guard(device);
+  SPMD_CHECK_CUDA(cudaHostUnregister(reinterpret_cast<void*>(address)));
+}
 
 std::string device_uuid(int device) {
   cudaDeviceProp properties;

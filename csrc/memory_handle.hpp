@@ -29,8 +29,8 @@ void close_handle(uint64_t address);
 
 // Lets GPUs copy from and to memory of the CPU at full speed, as cudaHostAlloc's. It must stay mapped until it is
 // unpinned.
-void pin(uint64_t address, uint64_t size);
-void unpin(uint64_t address);
+void pin(int device, uint64_t address, uint64_t size);
+void unpin(int device, uint64_t address);
 
 // As nvidia-smi prints it.
 std::string device_uuid(int device);

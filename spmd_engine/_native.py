@@ -235,18 +235,18 @@ def close_handle(address: int) -> None:
     _cuda("close_handle")(address)
 
 
-def pin(address: int, size: int) -> None:
+def pin(address: int, size: int, *, device: int) -> None:
     """Lets GPUs copy from and to memory of the CPU at full speed; it must stay mapped until `unpin`.
 
     Raises:
         CudaError: it cannot be pinned: a limit, or no memory.
     """
-    _cuda("pin")(address, size)
+    _cuda("pin")(device, address, size)
 
 
-def unpin(address: int) -> None:
+def unpin(address: int, *, device: int) -> None:
     """Ends `pin`. No copy may still run."""
-    _cuda("unpin")(address)
+    _cuda("unpin")(device, address)
 
 
 class ChunkMapping:

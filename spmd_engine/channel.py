@@ -116,7 +116,7 @@ class Descriptors:
 
 @dataclass(frozen=True)
 class Packing:
-    """The trainer packs its shards in CPU memory if it is asked to, over the socket that comes with this."""
+    """The trainer shall pack its shards in CPU memory, as it is asked to over the socket that comes with this."""
 
 
 @dataclass(frozen=True)

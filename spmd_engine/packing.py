@@ -65,7 +65,7 @@ class SharedMemory:
     Args:
         count: of the buckets.
         size: of each, bytes.
-        pinned: whether a GPU copies from them.
+        device: the GPU that copies from them; None if none does.
 
     Attributes:
         name: tells this memory from other such memory of the process.
@@ -80,18 +80,18 @@ class SharedMemory:
 
     _names = iter(range(1 << 62))
 
-    def __init__(self, count: int, size: int, *, pinned: bool) -> None:
+    def __init__(self, count: int, size: int, *, device: int | None) -> None:
         self.name, self.size = next(self._names), count * size
         self.fd = os.memfd_create("spmd-engine buckets", os.MFD_CLOEXEC)
-        self._is_pinned = False
+        self._pinned_for: int | None = None
         try:
             os.ftruncate(self.fd, self.size)
             memory = mmap.mmap(self.fd, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
             whole = torch.frombuffer(memory, dtype=torch.uint8)
             self.address = whole.data_ptr()
-            if pinned:
-                _native.pin(self.address, self.size)
-                self._is_pinned = True
+            if device is not None:
+                _native.pin(self.address, self.size, device=device)
+                self._pinned_for = device
             self.buckets = list(whole.split(size))
         except BaseException:
             self.close()
@@ -100,9 +100,9 @@ class SharedMemory:
     def close(self) -> None:
         """Unpin it; it goes with the last tensor. No copy may still run. Twice is fine."""
         self.buckets = []
-        if self._is_pinned:
-            self._is_pinned = False
-            _native.unpin(self.address)
+        device, self._pinned_for = self._pinned_for, None
+        if device is not None:
+            _native.unpin(self.address, device=device)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -113,26 +113,27 @@ class PackLink:
 
     Args:
         rank: of the trainer, for messages.
-        sock: from the trainer.
+        sock: whose other end the trainer has.
         timeout_s: seconds to wait for a bucket.
 
     Attributes:
+        is_broken: the trainer answers no more; another link may serve.
         may_look: whether this process can read the trainer's memory, as far as is known.
     """
 
     def __init__(self, rank: int, sock: socket.socket, timeout_s: float) -> None:
-        self.may_look = True
+        self.may_look, self.is_broken = True, False
         self._rank, self._channel, self._timeout_s = rank, Channel(sock), timeout_s
         self._running = 0
 
-    def share(self, count: int, size: int, *, pinned: bool) -> SharedMemory:
+    def share(self, count: int, size: int, *, device: int | None) -> SharedMemory:
         """Buckets for the trainer to fill, until `unshare`. Arguments as for `SharedMemory`.
 
         Raises:
             TransferError: the trainer packs nothing any more.
             CudaError, OSError: see `SharedMemory`.
         """
-        memory = SharedMemory(count, size, pinned=pinned)
+        memory = SharedMemory(count, size, device=device)
         try:
             self._send(Share(memory.name, memory.size), (memory.fd,))
         except BaseException:
@@ -173,8 +174,9 @@ class PackLink:
             packed, _ = self._channel.recv(self._timeout_s)
         except (ChannelClosed, ChannelTimeout) as error:
             self._running = 0
+            self.is_broken = True
             self._channel.give_up()  # a late answer must not be taken for the next one
-            raise self._failure(f"it gave no answer ({error}). engine.restart() helps") from error
+            raise self._failure(f"it gave no answer ({error}); see its log") from error
         self._running -= 1
         if packed.error is not None:
             raise self._failure(packed.error)
@@ -189,7 +191,8 @@ class PackLink:
         try:
             self._channel.send(message, fds, timeout_s=self._timeout_s)
         except (ChannelClosed, ChannelTimeout) as error:
-            raise self._failure(f"it takes no requests any more ({error}). engine.restart() helps") from error
+            self.is_broken = True
+            raise self._failure(f"it takes no requests any more ({error}); see its log") from error
 
     def _failure(self, why: str) -> TransferError:
         return TransferError(f"the trainer of rank {self._rank} did not pack its shards: {why}")
@@ -211,12 +214,10 @@ class Packer:
         self._copying = threading.Lock()
         self._updates: set[object] = set()  # that run
 
-    def start(self) -> socket.socket:
-        """Start the thread. It ends when the returned socket, which is for the scheduler process, is closed there."""
-        ours, theirs = socket.socketpair()
+    def start(self, sock: socket.socket) -> None:
+        """Start the thread, which ends when the other end of `sock`, in the scheduler process, is closed."""
         name = "spmd-engine packer"
-        threading.Thread(target=self._serve, args=(Channel(ours),), name=name, daemon=True).start()
-        return theirs
+        threading.Thread(target=self._serve, args=(Channel(sock),), name=name, daemon=True).start()
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Shutdown, Start
+from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Packing, Shutdown, Start
 from spmd_engine.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -170,6 +170,9 @@ class SchedulerProcess:
             here, and `start.scratch` is removed when the process has ended.
         env: its whole environment.
         log: open file for what it prints, from `open_log`; closed when the process has ended.
+
+    Attributes:
+        on_packing: takes the socket over which the process asks for shards to be packed.
     """
 
     def __init__(self, start: Start, *, env: dict[str, str], log: IO[bytes]) -> None:
@@ -206,6 +209,7 @@ class SchedulerProcess:
             self._pidfd = -1
         self._owner_pid = os.getpid()
         self.channel = Channel(ours)
+        self.on_packing: Callable[[socket.socket], None] = lambda sock: sock.close()
         self._timeout_s = start.timeout_s
         self.send(start)
 
@@ -225,10 +229,14 @@ class SchedulerProcess:
             ChannelTimeout: nothing in `timeout_s` seconds.
             ProcessDied: the process ended.
         """
-        try:
-            return self.channel.recv(timeout_s, self._pidfd, spin_s)[0]
-        except ChannelClosed:
-            raise ProcessDied from None
+        while True:
+            try:
+                message, fds = self.channel.recv(timeout_s, self._pidfd, spin_s)
+            except ChannelClosed:
+                raise ProcessDied from None
+            if not isinstance(message, Packing):
+                return message
+            self.on_packing(socket.socket(fileno=fds[0]))
 
     def wait(self, timeout_s: float) -> int | None:
         """Exit status once the process has ended, None if it still runs after `timeout_s` seconds."""

@@ -114,7 +114,7 @@ class StagedTransfer:
         self._shared: SharedMemory | None = None  # with the trainer
         self._copies: torch.cuda.Stream | None = None
         if trainer is not None and packs:
-            self._shared = trainer.share(len(PACKED), size, pinned=device.type == "cuda")
+            self._shared = trainer.share(len(PACKED), size, device=_index(device))
             self._packed = self._shared.buckets
             if device.type == "cuda":
                 self._copies = torch.cuda.Stream(device)
@@ -136,8 +136,7 @@ class StagedTransfer:
             _native.allow_ptrace_by_any()  # other ranks of this node read them
         addresses = np.array([bucket.data_ptr() for bucket in self._buckets], np.uint64)
         sizes = np.array([bucket.nbytes for bucket in self._buckets], np.uint64)
-        index = None if self._device.type == "cpu" else self._device.index or 0
-        memory = Exporter().export(addresses, sizes, device=index)
+        memory = Exporter().export(addresses, sizes, device=_index(self._device))
         if self._handles is not None:
             self._handles.own(memory, addresses)
         header, blob = memory.to_frame()
@@ -307,6 +306,11 @@ class StagedTransfer:
             assert self._trainer is not None
             self._trainer.unshare(self._shared)
             self._shared = None
+
+
+def _index(device: torch.device) -> int | None:
+    """CUDA ordinal, None for the CPU."""
+    return None if device.type == "cpu" else device.index or 0
 
 
 class TrainerTransfer(transfer.CpuTransfer):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from spmd_engine import _native
 from spmd_engine.caller import Caller, KnownToAllError
-from spmd_engine.channel import Descriptors, Packing
+from spmd_engine.channel import Descriptors
 from spmd_engine.digest import digest
 from spmd_engine.errors import ConfigError, PlanError, TransferError
 from spmd_engine.fd_passing import PassingError
@@ -66,7 +66,9 @@ class WeightUpdates:
         self._reader, self._exporter = SourceReader(rank), Exporter()
         self._key: tuple[SourceLayout, frozenset[str], str] | None = None
         self._last: tuple[str, ShardMemory] | None = None
-        self._packer, self._packing_offered = Packer(rank), False
+        self._packer = Packer(rank)
+        process.on_packing = self._packer.start
+        self._ptrace_allowed = False
         self.last_ranks = replica
 
     def prepare(
@@ -218,11 +220,9 @@ class WeightUpdates:
         Raises:
             PlanError: their allocator cannot share them.
         """
-        if described.device is None and not self._packing_offered:
+        if described.device is None and not self._ptrace_allowed:
             _native.allow_ptrace_by_any()  # where Yama restricts ptrace to descendants
-            with self._packer.start() as sock:
-                self._process.send(Packing(), fds=(sock.fileno(),))
-            self._packing_offered = True
+            self._ptrace_allowed = True
         try:
             # A thread of its own has no device yet: CUDA would take the first one, and leave a context there.
             with contextlib.nullcontext() if described.device is None else torch.cuda.device(described.device):

@@ -26,7 +26,6 @@ from spmd_engine.channel import (
     Coming,
     Descriptors,
     LinkAddress,
-    Packing,
     Phase,
     Reply,
     Shutdown,
@@ -73,7 +72,7 @@ class Feed:
 
     def attach(self, scheduler: Any) -> None:
         self._scheduler = scheduler
-        self._weights = WeightsKeeper(scheduler, self._start)
+        self._weights = WeightsKeeper(scheduler, self._start, self._channel)
         self._memory = MemoryKeeper(scheduler, self._start, self._weights.device)
         self._service.attach(scheduler, self._weights, self._memory)
 
@@ -212,8 +211,6 @@ class Feed:
                 self._weights.inspect()
         elif isinstance(message, Descriptors):
             self._weights.offer(message.counts, socket.socket(fileno=fds[0]))
-        elif isinstance(message, Packing):
-            self._weights.packed_by(socket.socket(fileno=fds[0]))
         elif isinstance(message, Call):
             self._hold(message)
         else:

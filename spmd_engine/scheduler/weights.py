@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from spmd_engine import coverage, stages, transfer
-from spmd_engine.channel import Start
+from spmd_engine.channel import Channel, Packing, Start
 from spmd_engine.errors import ErrorReport, SpmdEngineError, WeightsInconsistentError
 from spmd_engine.fd_passing import DescriptorServer, PassingError
 from spmd_engine.handles import OpenHandles, ShardMemory
@@ -71,7 +71,7 @@ class WeightsKeeper:
         is_inspected: whether all plans are known to fit the parameters that SGLang has now.
     """
 
-    def __init__(self, scheduler: Any, start: Start) -> None:
+    def __init__(self, scheduler: Any, start: Start, channel: Channel) -> None:
         self.version = start.weight_version
         self.is_inspected = False
         self._scheduler, self._rank = scheduler, start.rank
@@ -81,7 +81,7 @@ class WeightsKeeper:
         self._situations: dict[str, Situation] = {}  # the last one of each layout
         self._memories: dict[int, ShardMemory] = {}  # of each rank, as it last said
         self._networks: dict[tuple[int, ...], Network] = {}
-        self._start = start
+        self._start, self._channel = start, channel
         self.device = next(adapter.model_of(scheduler).parameters()).device
         self._handles = None if self.device.type == "cpu" else OpenHandles(self.device.index or 0)
         self._offered: DescriptorServer | None = None
@@ -106,10 +106,6 @@ class WeightsKeeper:
         if self._offered is not None:
             self._offered.close()
             self._offered = None
-
-    def packed_by(self, sock: socket.socket) -> None:
-        """Take the trainer's offer to pack its shards in CPU memory."""
-        self._packing = PackLink(self._rank, sock, self._start.timeout_s)
 
     def check_consistent(self) -> None:
         """Raise if the last update failed half-way."""
@@ -359,7 +355,7 @@ class WeightsKeeper:
 
         def make() -> None:
             plan = stages.plan_stages(rest, wanted, rank=self._rank, nodes=nodes, bucket_bytes=bucket_bytes)
-            trainer = self._packing if self._memories[self._rank].is_cpu else None
+            trainer = self._link_to_packer() if self._memories[self._rank].is_cpu else None
             made.append(
                 StagedTransfer(plan, rank=self._rank, device=self.device, handles=self._handles, trainer=trainer)
             )
@@ -398,6 +394,15 @@ class WeightsKeeper:
                 one.close()
             raise
         return made[0]
+
+    def _link_to_packer(self) -> PackLink:
+        """To the trainer's thread that packs; it is started if it does not run."""
+        if self._packing is None or self._packing.is_broken:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._channel.send(Packing(), (theirs.fileno(),), timeout_s=self._start.timeout_s)
+            self._packing = PackLink(self._rank, ours, self._start.timeout_s)
+        return self._packing
 
     # ---- the copy and after ----
 

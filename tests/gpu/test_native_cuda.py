@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 
@@ -208,3 +209,17 @@ def test_handles_that_cannot_be() -> None:
         _native.open_handle(b"abc", device=0)
     with pytest.raises(_native.NativeError, match="was not returned by open_handle"):
         _native.close_handle(4096)
+
+
+def test_memory_of_the_cpu_is_pinned_and_a_failure_is_not_left_to_others() -> None:
+    memory = torch.frombuffer(mmap.mmap(-1, 1 << 20), dtype=torch.uint8)
+    _native.pin(memory.data_ptr(), memory.nbytes, device=0)
+    assert memory.is_pinned()
+    with pytest.raises(_native.CudaError, match="AlreadyRegistered"):
+        _native.pin(memory.data_ptr(), memory.nbytes, device=0)
+    assert int(torch.ones(8, device="cuda").sum()) == 8
+    _native.unpin(memory.data_ptr(), device=0)
+    assert not memory.is_pinned()
+    with pytest.raises(_native.CudaError, match="NotRegistered"):
+        _native.unpin(memory.data_ptr(), device=0)
+    assert int(torch.ones(8, device="cuda").sum()) == 8

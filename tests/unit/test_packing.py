@@ -31,6 +31,12 @@ def rows(source, destination):
     return table
 
 
+def linked(packer):
+    ours, theirs = socket.socketpair()
+    packer.start(theirs)
+    return PackLink(0, ours, TIMEOUT_S)
+
+
 @pytest.fixture
 def packer():
     return Packer(0)
@@ -38,12 +44,12 @@ def packer():
 
 @pytest.fixture
 def link(packer):
-    return PackLink(0, packer.start(), TIMEOUT_S)
+    return linked(packer)
 
 
 @pytest.fixture
 def memory(link):
-    memory = link.share(2, 4096, pinned=False)
+    memory = link.share(2, 4096, device=None)
     yield memory
     link.unshare(memory)
 
@@ -70,7 +76,7 @@ def test_nothing_is_read_once_the_update_has_ended(packer, link, memory):
 
 def test_the_update_ends_after_the_bucket_that_is_being_packed(packer, link, memory):
     shard = torch.ones(1 << 20, 8)
-    large = link.share(1, shard.nbytes, pinned=False)
+    large = link.share(1, shard.nbytes, device=None)
     deadline = time.monotonic() + TIMEOUT_S
     with packer.working():
         link.begin(large, rows(shard, large.buckets[0]), threads=1)
@@ -84,7 +90,7 @@ def test_the_update_ends_after_the_bucket_that_is_being_packed(packer, link, mem
 
 def test_requests_that_wait_when_the_update_ends_are_refused(packer, link, memory):
     shard = torch.ones(1 << 20, 8)
-    large = link.share(1, shard.nbytes, pinned=False)
+    large = link.share(1, shard.nbytes, device=None)
     with packer.working():
         for _ in range(4):
             link.begin(large, rows(shard, large.buckets[0]), threads=1)
@@ -97,7 +103,7 @@ def test_requests_that_wait_when_the_update_ends_are_refused(packer, link, memor
 
 def test_memory_that_is_given_up_is_unmapped_on_both_sides(link):
     descriptors = set(os.listdir("/proc/self/fd"))
-    memory = link.share(1, 4096, pinned=False)
+    memory = link.share(1, 4096, device=None)
     inode = os.fstat(memory.fd).st_ino
 
     def await_mappings(count):
@@ -114,7 +120,7 @@ def test_memory_that_is_given_up_is_unmapped_on_both_sides(link):
 
 def test_memory_that_the_trainer_cannot_map_is_an_error_and_other_memory_serves(packer, link, memory):
     shard, (reader, writer) = torch.randn(16, 8), os.pipe()
-    bad = SharedMemory(1, 4096, pinned=False)
+    bad = SharedMemory(1, 4096, device=None)
     os.dup2(reader, bad.fd)
     link._send(Share(bad.name, bad.size), (bad.fd,))
     with packer.working():
@@ -132,7 +138,7 @@ def test_memory_that_the_trainer_cannot_map_is_an_error_and_other_memory_serves(
 def test_memory_that_cannot_be_pinned_leaves_nothing_behind(link):
     descriptors = set(os.listdir("/proc/self/fd"))
     with pytest.raises(_native.NativeError):
-        link.share(1, 4096, pinned=True)
+        link.share(1, 4096, device=0)
     assert set(os.listdir("/proc/self/fd")) == descriptors
 
 
@@ -185,7 +191,8 @@ def test_a_trainer_that_is_gone_is_an_error(memory):
 
 def test_the_thread_ends_with_the_scheduler_process(packer):
     before = set(threading.enumerate())
-    sock = packer.start()
+    sock, theirs = socket.socketpair()
+    packer.start(theirs)
     (thread,) = set(threading.enumerate()) - before
     sock.close()
     thread.join(TIMEOUT_S)
@@ -193,7 +200,7 @@ def test_the_thread_ends_with_the_scheduler_process(packer):
 
 
 def test_the_end_of_the_thread_is_noticed_though_a_fork_keeps_its_socket_open(packer, memory, monkeypatch):
-    link = PackLink(0, packer.start(), TIMEOUT_S)
+    link = linked(packer)
     pid = os.fork()
     if pid == 0:
         time.sleep(TIMEOUT_S)
