@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from spmd_engine import _native, links, transfer
 from spmd_engine._native import ElementType
+from spmd_engine.agreement import Attempt, Failure
 from spmd_engine.errors import TransferError
 from spmd_engine.handles import Exporter, OpenHandles, ShardMemory
 from spmd_engine.links import Frame
@@ -23,10 +24,6 @@ from spmd_engine.plan import TransferPlan
 from spmd_engine.stages import ARRIVED, BUCKETS, ITEM_SIZES, PACKED, StagedPlan, Step
 
 logger = logging.getLogger(__name__)
-
-# [kind, message] of what went wrong on a rank, None if nothing did.
-Failure = list[str] | None
-Attempt = Callable[[Callable[[], object]], Failure]
 
 
 class Network:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from spmd_engine import coverage
+from spmd_engine.agreement import Exchange, attempt, raise_first
 from spmd_engine.channel import Start
 from spmd_engine.digest import digest
 from spmd_engine.layout import ITEM_SIZE, SourceLayout
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.loading import check_all_used, recorded
-from spmd_engine.scheduler.weights import Exchange, WeightsKeeper, raise_first
+from spmd_engine.scheduler.weights import WeightsKeeper
 from spmd_engine.wants import Want, to_plain, wants_of
 
 
@@ -39,7 +40,11 @@ def survey(
     """
     ranks, (layout, optional) = tuple(payload["ranks"]), payload["layout"]
     made: list[tuple[dict[str, Want], dict[str, str], dict[str, tuple[int, int]]]] = []
-    error = weights.attempt(lambda: made.append(wants_and_fallback(model, layout, weights.conversion)))
+    error = attempt(
+        lambda: made.append(wants_and_fallback(model, layout, weights.conversion)),
+        rank=start.rank,
+        device=weights.device,
+    )
     wants, fallback, used = made[0] if made else ({}, {}, {})
     text = json.dumps(to_plain(wants))
     fact = {

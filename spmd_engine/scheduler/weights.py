@@ -8,32 +8,31 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from spmd_engine import coverage, stages, transfer
-from spmd_engine.channel import Channel, Packing, Start
-from spmd_engine.errors import ErrorReport, SpmdEngineError, WeightsInconsistentError
+from spmd_engine.agreement import Exchange, Failure, attempt, raise_first
+from spmd_engine.channel import Channel, Start
+from spmd_engine.errors import SpmdEngineError, WeightsInconsistentError
 from spmd_engine.fd_passing import DescriptorServer, PassingError
 from spmd_engine.handles import OpenHandles, ShardMemory
 from spmd_engine.layout import SourceLayout, Weight, contiguous_strides
 from spmd_engine.links import Frame
-from spmd_engine.packing import PackLink
 from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan, numbered
 from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.loading import check_all_used, record, recorded
 from spmd_engine.scheduler.recorder import DTYPES
-from spmd_engine.staged import Failure, Network, StagedTransfer, join_store, serve_store
+from spmd_engine.scheduler.staging import Staging
+from spmd_engine.staged import StagedTransfer
 from spmd_engine.stats import UpdateStats
 
 logger = logging.getLogger(__name__)
 
-Exchange = Callable[[dict[str, Any], bytes], list[Frame]]
 # Of each rank of an update the number of its node, and whether its shards are in CPU memory.
 Situation = tuple[tuple[int, bool], ...]
 
@@ -80,17 +79,17 @@ class WeightsKeeper:
         self._prepared: dict[tuple[str, Situation], _Prepared] = {}
         self._situations: dict[str, Situation] = {}  # the last one of each layout
         self._memories: dict[int, ShardMemory] = {}  # of each rank, as it last said
-        self._networks: dict[tuple[int, ...], Network] = {}
-        self._start, self._channel = start, channel
+        self._node = start.node
         self.device = next(adapter.model_of(scheduler).parameters()).device
         self._handles = None if self.device.type == "cpu" else OpenHandles(self.device.index or 0)
+        self._staging = Staging(start, channel, device=self.device, handles=self._handles)
         self._offered: DescriptorServer | None = None
-        self._packing: PackLink | None = None
         self._broken: str | None = None
         if start.is_restart:
             self._broken = "the engine was restarted with the weights of its checkpoint: call update_weights first"
         self._are_lost = False  # the parameters' contents, constants included
         self.conversion = Conversion(adapter.hf_config_of(scheduler))
+        self._attempt = partial(attempt, rank=start.rank, device=self.device)
 
     def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:
         """Take the file descriptors of this rank's memory from the trainer, and offer them until `withdraw`."""
@@ -158,7 +157,7 @@ class WeightsKeeper:
             "is_bound": prepared is not None and prepared.is_bound,
             "memory": described,
             "version": self.version,
-            "node": self._start.node,
+            "node": self._node,
         }
         return news, places
 
@@ -209,23 +208,23 @@ class WeightsKeeper:
         enter("copy")
         copying = time.monotonic()
         verify, done = bool(payload["verify"]), list[tuple[float, int | None]]()
-        error = self.attempt(lambda: self._begin(prepared, flush=flush))
+        error = self._attempt(lambda: self._begin(prepared, flush=flush))
         wrong, is_over = 0, False
         if prepared.staged is not None:
 
             def agree(failure: Failure) -> bool:
                 return any(state["error"] is not None for state, _ in exchange({"error": failure}, b""))
 
-            error, is_over, wrong = prepared.staged.run(agree, self.attempt, error, verify=verify)
+            error, is_over, wrong = prepared.staged.run(agree, self._attempt, error, verify=verify)
         if error is None and not is_over:
-            error = self.attempt(lambda: done.append(self._end(prepared, verify=verify)))
+            error = self._attempt(lambda: done.append(self._end(prepared, verify=verify)))
         enter("commit")
         copied = time.monotonic()
         self.is_inspected = False
         tried = max(state["version"] for state, _ in frames) + 1  # a death at a commit may have left ranks behind
         outcome = exchange({"error": error}, b"")
         if prepared.staged is not None and any(state["error"] is not None for state, _ in outcome):
-            self._networks.pop(ranks, None)  # it may be broken: the next update makes another
+            self._staging.forget_network(ranks)
             self._forget(key)
         self._finish(outcome, ranks, tried)
         device_s, wrong_in_place = done[0]
@@ -273,7 +272,7 @@ class WeightsKeeper:
             if prepared.staged is not None:
                 prepared.staged.bind(memories)
 
-        raise_first(exchange({"error": self.attempt(bind)}, b""), ranks)
+        raise_first(exchange({"error": self._attempt(bind)}, b""), ranks)
         prepared.is_bound = True
 
     def _forget(self, key: str) -> None:
@@ -287,7 +286,7 @@ class WeightsKeeper:
         """Record and plan on all ranks; none keeps a plan that another could not make."""
         made: list[tuple[_Prepared, TransferPlan]] = []
         memories = {rank: self._memories[rank] for rank in ranks}
-        error = self.attempt(lambda: made.append(self._prepare(key, memories, nodes)))
+        error = self._attempt(lambda: made.append(self._prepare(key, memories, nodes)))
         used = made[0][0].used if made else {}
         frames = exchange({"error": error}, json.dumps(used).encode())
         raise_first(frames, ranks)
@@ -296,7 +295,7 @@ class WeightsKeeper:
         prepared, rest = made[0]
         # The same on all ranks: whether any of them has something that it cannot read in place.
         if any(transfer.unreachable(memories, nodes, rank, self.device) for rank in ranks):
-            prepared.staged = self._prepare_stages(rest, ranks, nodes, exchange, bucket_bytes)
+            prepared.staged = self._staging.prepare(rest, memories, nodes, exchange, bucket_bytes)
         return prepared
 
     def _prepare(
@@ -333,77 +332,6 @@ class WeightsKeeper:
         )
         return prepared, rest
 
-    def _prepare_stages(
-        self,
-        rest: TransferPlan,
-        ranks: tuple[int, ...],
-        nodes: Mapping[int, int],
-        exchange: Exchange,
-        bucket_bytes: int,
-    ) -> StagedTransfer:
-        """Plan with all ranks how the rest comes, and connect to them.
-
-        Args:
-            rest: what this rank cannot read in place; other ranks may have some if it has none.
-            bucket_bytes: size of a bucket.
-        """
-        frames = exchange({}, stages.wants(rest).tobytes())
-        wanted = {r: np.frombuffer(blob, stages.WANT_DTYPE) for r, (_, blob) in zip(ranks, frames, strict=True)}
-        made: list[StagedTransfer] = []
-        offers: list[Frame] = []
-        stores: list[dist.Store] = []
-
-        def make() -> None:
-            plan = stages.plan_stages(rest, wanted, rank=self._rank, nodes=nodes, bucket_bytes=bucket_bytes)
-            trainer = self._link_to_packer() if self._memories[self._rank].is_cpu else None
-            made.append(
-                StagedTransfer(plan, rank=self._rank, device=self.device, handles=self._handles, trainer=trainer)
-            )
-            header, blob = made[0].offer()
-            if plan.is_network and ranks not in self._networks and self._rank == ranks[0]:
-                store, port = serve_store(self._start.host, self._start.timeout_s)
-                stores.append(store)
-                header["store"] = [self._start.host, port]
-            offers.append((header, blob))
-
-        def connect() -> None:
-            if made[0].plan.is_network and ranks not in self._networks:
-                host, port = offered[0][0]["store"]
-                store = stores[0] if stores else join_store(str(host), int(port), self._start.timeout_s)
-                self._networks[ranks] = Network(
-                    ranks,
-                    self._rank,
-                    host=self._start.host,
-                    device=self.device,
-                    store=store,
-                    timeout_s=self._start.timeout_s,
-                )
-            made[0].accept(dict(zip(ranks, offered, strict=True)), self._networks.get(ranks))
-
-        try:
-            error = self.attempt(make)
-            header, blob = offers[0] if error is None else ({}, b"")
-            offered = exchange({"error": error, **header}, blob)
-            raise_first(offered, ranks)
-            frames = exchange({"error": self.attempt(connect)}, b"")
-            if any(state["error"] is not None for state, _ in frames):
-                self._networks.pop(ranks, None)  # some ranks may have joined it
-            raise_first(frames, ranks)
-        except BaseException:
-            for one in made:
-                one.close()
-            raise
-        return made[0]
-
-    def _link_to_packer(self) -> PackLink:
-        """To the trainer's thread that packs; it is started if it does not run."""
-        if self._packing is None or self._packing.is_broken:
-            ours, theirs = socket.socketpair()
-            with theirs:
-                self._channel.send(Packing(), (theirs.fileno(),), timeout_s=self._start.timeout_s)
-            self._packing = PackLink(self._rank, ours, self._start.timeout_s)
-        return self._packing
-
     # ---- the copy and after ----
 
     def _begin(self, prepared: _Prepared, *, flush: bool) -> None:
@@ -431,25 +359,6 @@ class WeightsKeeper:
         prepared.transfer.wait()
         return device_s, wrong
 
-    def attempt(self, action: Callable[[], object]) -> Failure:
-        """Run `action`; its failure as [kind, message], for all ranks to hear before any of them raises.
-
-        Raises:
-            torch.AcceleratorError: the GPU is lost to this process, as after a kernel that failed: another one must
-                take its place.
-        """
-        failure: Failure = None
-        try:
-            action()
-        except SpmdEngineError as error:
-            failure = [type(error).__name__, str(error)]
-        except Exception as error:
-            logger.exception("weight update failed")
-            failure = ["TransferError", f"rank {self._rank}: {type(error).__name__}: {error}"]
-        if failure is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return failure
-
     def _finish(self, frames: list[Frame], ranks: tuple[int, ...], tried: int) -> None:
         try:
             raise_first(frames, ranks)
@@ -474,10 +383,3 @@ def _whole(weight: Weight, buffer: torch.Tensor) -> RecordedCopy:
         dst_dtype=weight.dtype,
         parameter=f"the fallback buffer of {weight.name}",
     )
-
-
-def raise_first(frames: list[Frame], ranks: tuple[int, ...]) -> None:
-    for rank, (header, _) in zip(ranks, frames, strict=True):
-        if header["error"] is not None:
-            kind, message = header["error"]
-            raise ErrorReport(kind, message, rank).to_exception()
