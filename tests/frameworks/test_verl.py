@@ -31,7 +31,6 @@ COMMAND = [
     "data.max_response_length=8",
     "actor_rollout_ref.model.enable_gradient_checkpointing=False",
     "actor_rollout_ref.model.use_remove_padding=False",
-    "actor_rollout_ref.actor.strategy=fsdp2",
     "actor_rollout_ref.actor.optim.lr=5e-2",
     "actor_rollout_ref.actor.ppo_mini_batch_size=16",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32",
@@ -117,7 +116,7 @@ def save_weights(worker: Any, path: str) -> None:
 
     (part,) = worker.worker_dict.values()
     trainer = part.actor.engine
-    weights = get_model_state_dict(trainer.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(trainer.module, options=StateDictOptions(full_state_dict=True))
     if dist.get_rank() == 0:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(trainer.model_config.hf_config)
@@ -239,11 +238,13 @@ def batch_of(prompts: list[list[int]], outputs: list[Any]) -> Any:
     return DataProto.from_dict(tensors, non_tensors={"uid": uids}, meta_info=meta)
 
 
-def test_grpo(tmp_path, model):
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_grpo(tmp_path, model, strategy):
     from hydra import compose, initialize_config_module
 
+    more = [f"actor_rollout_ref.model.path={model}", f"actor_rollout_ref.actor.strategy={strategy}"]
     with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", [*COMMAND, *ON_CPU, f"actor_rollout_ref.model.path={model}"])
+        config = compose("ppo_trainer", [*COMMAND, *ON_CPU, *more])
     with cluster.two_nodes(4):
         job = Job(config)
         history = [job.step(number) for number in range(STEPS)]

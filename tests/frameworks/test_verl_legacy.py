@@ -29,9 +29,8 @@ COMMAND = [
     "data.max_prompt_length=8",
     "data.max_response_length=8",
     "actor_rollout_ref.model.enable_gradient_checkpointing=False",
-    "actor_rollout_ref.actor.strategy=fsdp2",
-    "actor_rollout_ref.actor.optim.lr=5e-2",
     "actor_rollout_ref.actor.fsdp_config.param_offload=True",
+    "actor_rollout_ref.actor.optim.lr=5e-2",
     "actor_rollout_ref.actor.ppo_mini_batch_size=16",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
     "actor_rollout_ref.actor.use_torch_compile=False",
@@ -149,8 +148,9 @@ def step(workers: Any, seed: int) -> dict[str, float]:
     }
 
 
-def test_grpo(tmp_path, model, ray_nodes):
-    with workers_of(model) as workers:
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_grpo(tmp_path, model, ray_nodes, strategy):
+    with workers_of(model, f"actor_rollout_ref.actor.strategy={strategy}") as workers:
         run_grpo(workers, tmp_path)
 
 
