@@ -236,7 +236,10 @@ class SchedulerProcess:
                 raise ProcessDied from None
             if not isinstance(message, Packing):
                 return message
-            self.on_packing(socket.socket(fileno=fds[0]))
+            if fds:
+                self.on_packing(socket.socket(fileno=fds[0]))
+            else:  # its other end is closed now: the scheduler process fails the update, on all ranks
+                logger.error("rank %d cannot pack its shards: too many files are open (ulimit -n)", self.rank)
 
     def wait(self, timeout_s: float) -> int | None:
         """Exit status once the process has ended, None if it still runs after `timeout_s` seconds."""

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import resource
+import socket
 
 import pytest
 
-from spmd_engine.channel import PROTOCOL, Failed, LinkAddress, Start
+from spmd_engine.channel import PROTOCOL, Channel, Failed, LinkAddress, Packing, Shutdown, Start
 from spmd_engine.process import SchedulerProcess, open_log
 
 
@@ -74,3 +76,25 @@ def test_of_a_crash_the_log_shows_how_it_begins(start, tmp_path):
         assert len(tail) <= 4000
     finally:
         process.stop(grace_s=0.0)
+
+
+def test_without_a_descriptor_left_the_packers_link_is_closed_and_the_process_goes_on(caplog, monkeypatch):
+    monkeypatch.setattr(SchedulerProcess, "__init__", lambda self: None)
+    process, (ours, theirs) = SchedulerProcess(), socket.socketpair()
+    process.rank, process.channel, process._pidfd = 3, Channel(ours), -1
+    process.on_packing = lambda sock: pytest.fail("there was a descriptor")
+    scheduler, (link, end) = Channel(theirs), socket.socketpair()
+    with end:
+        scheduler.send(Packing(), (end.fileno(),))
+    scheduler.send(Shutdown())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        assert isinstance(process.recv(timeout_s=10.0), Shutdown)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "rank 3 cannot pack its shards: too many files are open" in caplog.text
+    link.settimeout(10.0)
+    assert link.recv(1) == b""
