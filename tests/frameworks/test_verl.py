@@ -119,7 +119,7 @@ def save_weights(worker: Any, path: str) -> None:
     weights = get_model_state_dict(trainer.module, options=StateDictOptions(full_state_dict=True))
     if dist.get_rank() == 0:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(trainer.model_config.hf_config)
+            model = transformers.AutoModelForCausalLM.from_config(trainer.model_config.hf_config, dtype=torch.float32)
         model.to_empty(device="cpu").load_state_dict(weights)
         model.save_pretrained(path)
 

@@ -73,7 +73,7 @@ class Worker(ActorRolloutRefWorker):
         weights = get_model_state_dict(self.actor_module_fsdp, options=options)
         if dist.get_rank() == 0:
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(self.actor_model_config)
+                model = transformers.AutoModelForCausalLM.from_config(self.actor_model_config, dtype=torch.float32)
             model.to_empty(device="cpu").load_state_dict(weights)
             model.save_pretrained(path)
 

@@ -54,6 +54,7 @@ class SpmdRollout(BaseRollout):
         self._trainer: Any = None
         self._said: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._serving: dict[str, asyncio.Task[None]] = {}  # by request id
         self.engine = SpmdEngine(
             self.model_config.local_path, device_mesh_cpu=mesh, **_server_args(self.config, self.model_config)
         )
@@ -173,7 +174,11 @@ class SpmdRollout(BaseRollout):
     def abort_request(self, request_id: str) -> None:
         """End a request that nobody waits for any more. On the first rank."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.engine.abort, request_id)
+            self._loop.call_soon_threadsafe(self._give_up, request_id)
+
+    def _give_up(self, request_id: str) -> None:
+        if (task := self._serving.get(request_id)) is not None:
+            task.cancel()
 
     def resume_generation(self) -> None:
         """Let requests go on. On the first rank."""
@@ -189,7 +194,20 @@ class SpmdRollout(BaseRollout):
             # A loop of its own: that of verl's worker stands still while the worker trains.
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name="spmd-rollout", daemon=True).start()
-        asyncio.run_coroutine_threadsafe(self._serve(ticket, request, server), self._loop)
+        asyncio.run_coroutine_threadsafe(self._serve_next(ticket, request, server), self._loop)
+
+    async def _serve_next(self, ticket: int, request: dict[str, Any], server: ActorHandle) -> None:
+        """Serve it, after one of the same id that was given up has ended."""
+        request_id, mine = request["request_id"], asyncio.current_task()
+        assert mine is not None
+        while (other := self._serving.get(request_id)) is not None and other.cancelling():
+            await asyncio.wait([other])
+        self._serving.setdefault(request_id, mine)
+        try:
+            await self._serve(ticket, request, server)
+        finally:
+            if self._serving.get(request_id) is mine:
+                del self._serving[request_id]
 
     async def _serve(self, ticket: int, request: dict[str, Any], server: ActorHandle) -> None:
         answer: dict[str, Any] | Exception
