@@ -18,14 +18,16 @@ HERE = Path(__file__).parent
 PATIENCE_S = 300
 
 
-def need_verl(series: str) -> None:
-    """Skip a test module unless the verl of this environment is one of `series`, without importing it."""
+def need_verl(*series: str) -> str:
+    """Skip a test module unless the verl of this environment is one of these. Returns which, without importing it."""
     try:
         found = importlib.metadata.version("verl")
     except importlib.metadata.PackageNotFoundError:
         found = "none"
-    if not found.startswith(series + "."):
-        pytest.skip(f"for verl {series} (make test-verl VERL=...), not {found}", allow_module_level=True)
+    for one in series:
+        if found.startswith(one + "."):
+            return one
+    pytest.skip(f"for verl {' and '.join(series)} (make test-verl VERL=...), not {found}", allow_module_level=True)
 
 
 @contextlib.contextmanager

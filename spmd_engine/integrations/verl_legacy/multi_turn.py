@@ -50,10 +50,14 @@ class Conversations:
         processing_class: the tokenizer.
 
     Raises:
-        ConfigError: a tool-call format other than "hermes".
+        ConfigError: a tool-call format other than "hermes", or a verl before 0.5.
     """
 
     def __init__(self, multi_turn: Any, config: Any, max_model_len: int, processing_class: Any) -> None:
+        if AsyncRolloutRequest.model_fields["response_ids"].is_required():
+            raise ConfigError(
+                "rollout.multi_turn needs verl 0.5, whose requests are others: set multi_turn.enable=False"
+            )
         self._turns, self._config, self._max_len = multi_turn, config, max_model_len
         self._processing_class = processing_class
         tokenizer = getattr(processing_class, "tokenizer", processing_class)

@@ -85,6 +85,12 @@ class SGLangRollout(BaseRollout):
             raise ConfigError(f"prompt_length + response_length is {needed}, more than the {limit} that the model has")
         if self._max_model_len < needed:
             raise ConfigError(f"max_model_len={self._max_model_len} is less than the {needed} of prompt and response")
+        self._conversations: Conversations | None = None
+        multi_turn = config.get("multi_turn", None)
+        if multi_turn is not None and multi_turn.get("enable", False):
+            from spmd_engine.integrations.verl_legacy.multi_turn import Conversations
+
+            self._conversations = Conversations(multi_turn, config, self._max_model_len, self.processing_class)
         tp_size = config.get("tensor_model_parallel_size", 1)
         if device_mesh is None:
             device_mesh = init_device_mesh(
@@ -92,12 +98,6 @@ class SGLangRollout(BaseRollout):
             )
         self._mesh = device_mesh["tp"]
         self.sampling_params = _sampling_params(config)
-        self._conversations: Conversations | None = None
-        multi_turn = config.get("multi_turn", None)
-        if multi_turn is not None and multi_turn.get("enable", False):
-            from spmd_engine.integrations.verl_legacy.multi_turn import Conversations
-
-            self._conversations = Conversations(multi_turn, config, self._max_model_len, self.processing_class)
         load_format = str(config.get("load_format", "auto"))
         self._engine = SpmdEngine(
             actor_module,
