@@ -163,7 +163,7 @@ def run_grpo(workers, tmp_path):
         # while a step moves the log-probabilities by more. An engine that missed an update is off by that much.
         assert 3 * values["difference"] < min(0.06, values["moved"]), values
         assert values["gain"] > 0, values
-    assert history[-1]["reward"] > history[0]["reward"] + 0.1
+    assert history[-1]["reward"] > history[0]["reward"] + 0.05
 
     greedy = prompts_of(99)
     greedy.meta_info["do_sample"] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import logging
 from typing import TYPE_CHECKING, Any
@@ -106,10 +107,12 @@ class SpmdServer:
             me = ray.get_runtime_context().current_actor
             await self._leader.__ray_call__.remote(on_rollout, "submit", ticket, request, me)
             if self._watching is None or self._watching.done():
-                self._watching = asyncio.create_task(self._watch())
+                # Not in the context of this request: Ray would cancel it, and what it calls, together with the request.
+                self._watching = asyncio.create_task(self._watch(), context=contextvars.Context())
             output = await answer
-        except asyncio.CancelledError:
-            self._leader.__ray_call__.remote(on_rollout, "abort_request", request_id)
+        except (asyncio.CancelledError, ray.exceptions.TaskCancelledError):  # the latter from a call that was under way
+            abort = self._leader.__ray_call__.remote
+            contextvars.Context().run(abort, on_rollout, "abort_request", request_id, ticket)
             raise
         finally:
             self._waiting.pop(ticket, None)

@@ -54,7 +54,7 @@ class SpmdRollout(BaseRollout):
         self._trainer: Any = None
         self._said: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._serving: dict[str, asyncio.Task[None]] = {}  # by request id
+        self._serving: dict[str, dict[int, asyncio.Task[None]]] = {}  # by request id and ticket
         self.engine = SpmdEngine(
             self.model_config.local_path, device_mesh_cpu=mesh, **_server_args(self.config, self.model_config)
         )
@@ -171,13 +171,13 @@ class SpmdRollout(BaseRollout):
     async def _abort(self) -> None:
         self.engine.abort()
 
-    def abort_request(self, request_id: str) -> None:
+    def abort_request(self, request_id: str, ticket: int) -> None:
         """End a request that nobody waits for any more. On the first rank."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._give_up, request_id)
+            self._loop.call_soon_threadsafe(self._give_up, request_id, ticket)
 
-    def _give_up(self, request_id: str) -> None:
-        if (task := self._serving.get(request_id)) is not None:
+    def _give_up(self, request_id: str, ticket: int) -> None:
+        if (task := self._serving.get(request_id, {}).get(ticket)) is not None:
             task.cancel()
 
     def resume_generation(self) -> None:
@@ -194,22 +194,28 @@ class SpmdRollout(BaseRollout):
             # A loop of its own: that of verl's worker stands still while the worker trains.
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name="spmd-rollout", daemon=True).start()
-        asyncio.run_coroutine_threadsafe(self._serve_next(ticket, request, server), self._loop)
+        self._loop.call_soon_threadsafe(self._begin, ticket, request, server)
 
-    async def _serve_next(self, ticket: int, request: dict[str, Any], server: ActorHandle) -> None:
-        """Serve it, after one of the same id that was given up has ended."""
-        request_id, mine = request["request_id"], asyncio.current_task()
-        assert mine is not None
-        while (other := self._serving.get(request_id)) is not None and other.cancelling():
-            await asyncio.wait([other])
-        self._serving.setdefault(request_id, mine)
-        try:
-            await self._serve(ticket, request, server)
-        finally:
-            if self._serving.get(request_id) is mine:
+    def _begin(self, ticket: int, request: dict[str, Any], server: ActorHandle) -> None:
+        request_id = request["request_id"]
+        namesakes = self._serving.setdefault(request_id, {})
+        given_up = [task for task in namesakes.values() if task.cancelling()]
+        task = asyncio.get_running_loop().create_task(self._serve(ticket, request, server, after=given_up))
+        namesakes[ticket] = task
+
+        def ended(_: object) -> None:
+            del namesakes[ticket]
+            if not namesakes:
                 del self._serving[request_id]
 
-    async def _serve(self, ticket: int, request: dict[str, Any], server: ActorHandle) -> None:
+        task.add_done_callback(ended)
+
+    async def _serve(
+        self, ticket: int, request: dict[str, Any], server: ActorHandle, *, after: list[asyncio.Task[None]]
+    ) -> None:
+        """Serve it, once those that had its id and were given up have ended. If it is given up, nobody is answered."""
+        if after:
+            await asyncio.wait(after)
         answer: dict[str, Any] | Exception
         try:
             output = await self.engine.async_generate(**request)

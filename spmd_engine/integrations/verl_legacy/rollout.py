@@ -88,7 +88,12 @@ class SGLangRollout(BaseRollout):
         self._conversations: Conversations | None = None
         multi_turn = config.get("multi_turn", None)
         if multi_turn is not None and multi_turn.get("enable", False):
-            from spmd_engine.integrations.verl_legacy.multi_turn import Conversations
+            try:
+                from spmd_engine.integrations.verl_legacy.multi_turn import Conversations
+            except ImportError as error:
+                raise ConfigError(
+                    f"rollout.multi_turn needs verl 0.5 ({error}): set multi_turn.enable=False"
+                ) from error
 
             self._conversations = Conversations(multi_turn, config, self._max_model_len, self.processing_class)
         tp_size = config.get("tensor_model_parallel_size", 1)
