@@ -12,7 +12,7 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Share:
-    """Memory for packed buckets: `size` bytes of the file whose descriptor comes with it."""
+    """Memory for packed buckets: `size` bytes of the file whose descriptor comes with it; answered by `Packed`."""
 
     name: int
     size: int
@@ -99,13 +99,15 @@ class SharedMemory:
 
     def close(self) -> None:
         """Unpin it; it goes with the last tensor. No copy may still run. Twice is fine."""
-        self.buckets = []
         device, self._pinned_for = self._pinned_for, None
-        if device is not None:
-            _native.unpin(self.address, device=device)
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        try:
+            if device is not None:
+                _native.unpin(self.address, device=device)
+        finally:
+            self.buckets = []  # not before: it must be mapped until it is unpinned
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
 
 
 class PackLink:
@@ -130,12 +132,14 @@ class PackLink:
         """Buckets for the trainer to fill, until `unshare`. Arguments as for `SharedMemory`.
 
         Raises:
-            TransferError: the trainer packs nothing any more.
+            TransferError: the trainer cannot map them, or packs nothing any more.
             CudaError, OSError: see `SharedMemory`.
         """
         memory = SharedMemory(count, size, device=device)
         try:
             self._send(Share(memory.name, memory.size), (memory.fd,))
+            self._running += 1
+            self.end()
         except BaseException:
             memory.close()
             raise
@@ -165,10 +169,10 @@ class PackLink:
         self._running += 1
 
     def end(self) -> None:
-        """Wait for the first of the blocks that were asked for.
+        """Wait for the answer to the first request that has none yet.
 
         Raises:
-            TransferError: they were not copied.
+            TransferError: it was not met.
         """
         try:
             packed, _ = self._channel.recv(self._timeout_s)
@@ -210,7 +214,6 @@ class Packer:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._memory: dict[int, np.ndarray] = {}
         self._copying = threading.Lock()
         self._updates: set[object] = set()  # that run
 
@@ -232,20 +235,20 @@ class Packer:
                 pass
 
     def _serve(self, channel: Channel) -> None:
-        failed: dict[int, str] = {}  # to share memory
+        memory: dict[int, np.ndarray] = {}
         try:
             while True:
                 message, fds = channel.recv()
                 if isinstance(message, Share):
                     try:
-                        self._memory[message.name] = _mapped(fds, message.size)
+                        memory[message.name] = _mapped(fds, message.size)
+                        channel.send(Packed())
                     except (OSError, ValueError) as error:
-                        failed[message.name] = f"it could not map {message.size} bytes: {error}"
+                        channel.send(Packed(f"it could not map {message.size} bytes: {error}"))
                 elif isinstance(message, Unshare):
-                    self._memory.pop(message.name, None)
-                    failed.pop(message.name, None)
+                    memory.pop(message.name, None)
                 else:
-                    channel.send(Packed(failed.get(message.name) or self._pack(message)))
+                    channel.send(Packed(self._pack(message, memory)))
         except ChannelClosed:
             pass
         except Exception:
@@ -253,16 +256,15 @@ class Packer:
         finally:
             channel.give_up()  # the scheduler process must not wait for more
             channel.close()
-            self._memory.clear()
 
-    def _pack(self, request: Pack) -> str | None:
+    def _pack(self, request: Pack, memory: Mapping[int, np.ndarray]) -> str | None:
         """Copy; what went wrong, if something did."""
         with self._copying:
             if not self._updates:
                 return "its update has ended"
             try:
                 table = request.table
-                table["dst"] += np.uint64(self._memory[request.name].ctypes.data)
+                table["dst"] += np.uint64(memory[request.name].ctypes.data)
                 threads = max(1, min(request.threads, len(os.sched_getaffinity(0))))
                 _native.copy_cpu(table, pids=[0], threads=threads)
             except Exception as error:  # of whatever kind: the scheduler process waits

@@ -236,10 +236,16 @@ class SchedulerProcess:
                 raise ProcessDied from None
             if not isinstance(message, Packing):
                 return message
-            if fds:
-                self.on_packing(socket.socket(fileno=fds[0]))
-            else:  # its other end is closed now: the scheduler process fails the update, on all ranks
+            # If nobody takes the socket it is closed, and the scheduler process fails the update, on all ranks.
+            if not fds:
                 logger.error("rank %d cannot pack its shards: too many files are open (ulimit -n)", self.rank)
+                continue
+            sock = socket.socket(fileno=fds[0])
+            try:
+                self.on_packing(sock)
+            except RuntimeError as error:  # there is no thread left
+                sock.close()
+                logger.error("rank %d cannot pack its shards: %s", self.rank, error)
 
     def wait(self, timeout_s: float) -> int | None:
         """Exit status once the process has ended, None if it still runs after `timeout_s` seconds."""

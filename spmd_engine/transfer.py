@@ -139,11 +139,11 @@ class CpuTransfer:
 
     def compare(self) -> int:
         assert self._table is not None
-        return self._compare(self._table)
+        return self._compare(self._table, self._pids)
 
-    def _compare(self, table: np.ndarray) -> int:
+    def _compare(self, table: np.ndarray, pids: list[int]) -> int:
         try:
-            found = _native.compare_cpu(table, pids=self._pids, threads=self._threads)
+            found = _native.compare_cpu(table, pids=pids, threads=self._threads)
             return _wrong(found, self._plan, self._rank)
         except _NATIVE_ERRORS as error:
             raise self._failure(error) from error

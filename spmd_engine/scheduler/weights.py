@@ -225,7 +225,9 @@ class WeightsKeeper:
         outcome = exchange({"error": error}, b"")
         if prepared.staged is not None and any(state["error"] is not None for state, _ in outcome):
             self._staging.forget_network(ranks)
-            self._forget(key)
+            # Those for other layouts use the same network and the same link to the packer.
+            for one in [one for one, other in self._prepared.items() if other.staged is not None]:
+                self._prepared.pop(one).close()
         self._finish(outcome, ranks, tried)
         device_s, wrong_in_place = done[0]
         return UpdateStats(

@@ -78,15 +78,23 @@ def test_of_a_crash_the_log_shows_how_it_begins(start, tmp_path):
         process.stop(grace_s=0.0)
 
 
-def test_without_a_descriptor_left_the_packers_link_is_closed_and_the_process_goes_on(caplog, monkeypatch):
+@pytest.fixture
+def asked_to_pack(monkeypatch):
+    """A trainer's end whose scheduler process asks it to pack and then says goodbye, and the other end of the link."""
     monkeypatch.setattr(SchedulerProcess, "__init__", lambda self: None)
     process, (ours, theirs) = SchedulerProcess(), socket.socketpair()
     process.rank, process.channel, process._pidfd = 3, Channel(ours), -1
-    process.on_packing = lambda sock: pytest.fail("there was a descriptor")
     scheduler, (link, end) = Channel(theirs), socket.socketpair()
     with end:
         scheduler.send(Packing(), (end.fileno(),))
     scheduler.send(Shutdown())
+    link.settimeout(10.0)
+    return process, link
+
+
+def test_without_a_descriptor_left_the_packers_link_is_closed_and_the_process_goes_on(asked_to_pack, caplog):
+    process, link = asked_to_pack
+    process.on_packing = lambda sock: pytest.fail("there was a descriptor")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.dup(0)
     os.close(lowest_free)
@@ -96,5 +104,16 @@ def test_without_a_descriptor_left_the_packers_link_is_closed_and_the_process_go
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "rank 3 cannot pack its shards: too many files are open" in caplog.text
-    link.settimeout(10.0)
+    assert link.recv(1) == b""
+
+
+def test_without_a_thread_left_the_packers_link_is_closed_and_the_process_goes_on(asked_to_pack, caplog):
+    process, link = asked_to_pack
+
+    def refuse(sock):
+        raise RuntimeError("can't start new thread")
+
+    process.on_packing = refuse
+    assert isinstance(process.recv(timeout_s=10.0), Shutdown)
+    assert "rank 3 cannot pack its shards: can't start new thread" in caplog.text
     assert link.recv(1) == b""
