@@ -55,7 +55,7 @@ def run_job(
     world: int,
     directory: Path,
     *,
-    timeout_s: float = 180.0,
+    timeout_s: float = 400.0,
     expect_status: tuple[int | None, ...] | None = None,
     torchrun: bool = False,
     nodes: Sequence[Node] = (),

@@ -15,6 +15,7 @@ from integration.jobs import SPINS, environment
 pytestmark = [pytest.mark.slow, pytest.mark.one_version]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+EXACT = ("--server-args", '{"dtype": "float32"}')  # rounding tells no tokens apart
 
 
 def run(tmp_path, *arguments, timeout_s=240.0, script="weight_sync.py"):
@@ -69,7 +70,7 @@ def test_generating_against_stock_sglang(tmp_path):
     """Both engines make the same tokens. In batches rounding depends on which requests SGLang prefills together."""
     numbers = tmp_path / "numbers.json"
     arguments = ("--tp", "2", "--cases", "4x8", "--rounds", "1", "--async", "--waiting-ranks", "--idle-s", "3")
-    done = run(tmp_path, *arguments, "--json", str(numbers), script="generate.py")
+    done = run(tmp_path, *arguments, *EXACT, "--json", str(numbers), script="generate.py")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(numbers.read_text())
     assert found["alone"]["requests"] == 8 and found["alone"]["differing_requests"] == 0
@@ -88,7 +89,19 @@ def test_rl_steps_on_both_engines(tmp_path):
     """From the same start both loops train the same weights, bit for bit, and so make the same tokens, but for
     rounding in batches."""
     numbers = tmp_path / "numbers.json"
-    arguments = ("--tp", "1", "--steps", "1", "--rollout", "2x4", "--prompt-tokens", "8", "--train-tokens", "2x16")
+    arguments = (
+        "--tp",
+        "1",
+        "--steps",
+        "1",
+        "--rollout",
+        "2x4",
+        "--prompt-tokens",
+        "8",
+        "--train-tokens",
+        "2x16",
+        *EXACT,
+    )
     done = run(tmp_path, *arguments, "--json", str(numbers), script="rl_step.py")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(numbers.read_text())

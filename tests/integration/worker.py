@@ -40,7 +40,7 @@ class Context:
         from spmd_engine import SpmdEngine
 
         mesh = self.mesh(tp, strided=strided)
-        return SpmdEngine(path, device_mesh_cpu=mesh, **{"timeout_s": 90.0, "random_seed": 7, **kwargs})
+        return SpmdEngine(path, device_mesh_cpu=mesh, **{"timeout_s": 200.0, "random_seed": 7, **kwargs})
 
 
 def main() -> None:

@@ -174,8 +174,8 @@ def test_a_server_that_dies_is_noticed_at_once():
     process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # a signal takes its time on a busy machine
     killer = threading.Timer(0.3, process.kill)
-    killer.start()
     began = time.monotonic()
+    killer.start()
     with pytest.raises(PassingError, match="is gone"):
         list(fetch(address, {b"\xaa": 1}, timeout_s=20.0))
     assert 0.1 < time.monotonic() - began < 10
