@@ -111,7 +111,7 @@ class SpmdServer:
                 self._watching = asyncio.create_task(self._watch(), context=contextvars.Context())
             output = await answer
         except (asyncio.CancelledError, ray.exceptions.TaskCancelledError):  # the latter from a call that was under way
-            abort = self._leader.__ray_call__.remote
+            abort: Any = self._leader.__ray_call__.remote
             contextvars.Context().run(abort, on_rollout, "abort_request", request_id, ticket)
             raise
         finally:
