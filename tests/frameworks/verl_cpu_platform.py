@@ -10,7 +10,7 @@ import contextlib
 import types
 
 import torch
-from torch.distributed.fsdp import _init_utils
+from fsdp1_on_cpu import Cpu
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
@@ -21,13 +21,6 @@ _LACKING |= dict.fromkeys(_MEMORY, 0)
 
 def _constant(value):
     return lambda *_, **__: value
-
-
-class _Cpu(str):
-    """What torch takes for the CPU, and what is a number in verl's f"cpu:{current_device()}"."""
-
-    def __format__(self, spec):
-        return "0"
 
 
 @PlatformRegistry.register(platform="cpu")
@@ -43,7 +36,7 @@ class CpuPlatform(PlatformBase):
         return True
 
     def current_device(self):
-        return _Cpu("cpu")
+        return Cpu("cpu")
 
     def device_count(self):
         return 1
@@ -94,7 +87,3 @@ class CpuPlatform(PlatformBase):
 
     def is_ipc_supported(self):
         return False
-
-
-# FSDP1 sends the first rank's weights to the others on GPUs alone, as NCCL would need; gloo has them on the CPU.
-_init_utils._check_module_states_for_sync_module_states = lambda module: None

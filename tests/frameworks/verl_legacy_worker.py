@@ -10,7 +10,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import _init_utils
+from fsdp1_on_cpu import Cpu
 
 # ---- bends ----
 # verl asks `torch.<device>` for the functions of torch.cuda; torch.cpu lacks a few.
@@ -19,18 +19,7 @@ _LACKING = {"empty_cache": None, "get_device_name": "CPU", "mem_get_info": (0, 0
 for _name, _value in _LACKING.items():
     if not hasattr(torch.cpu, _name):
         setattr(torch.cpu, _name, lambda *_, value=_value, **__: value)
-
-
-class _Cpu(str):
-    """What torch takes for the CPU, and what is a number in verl's f"cpu:{current_device()}"."""
-
-    def __format__(self, spec):
-        return "0"
-
-
-torch.cpu.current_device = lambda: _Cpu("cpu")
-# FSDP1 sends the first rank's weights to the others on GPUs alone, as NCCL would need; gloo has them on the CPU.
-_init_utils._check_module_states_for_sync_module_states = lambda module: None
+torch.cpu.current_device = lambda: Cpu("cpu")
 from verl.single_controller.base.decorator import Dispatch, register  # noqa: E402
 from verl.tools.base_tool import BaseTool  # noqa: E402
 from verl.workers.fsdp_workers import ActorRolloutRefWorker  # noqa: E402
