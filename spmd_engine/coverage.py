@@ -11,6 +11,7 @@ from spmd_engine.layout import Shape, contiguous_strides
 from spmd_engine.plan import RecordedCopy
 
 Region = tuple[int, Shape, Shape]  # address, sizes, strides in elements
+_AT_ONCE = 512  # boxes that are compared with all others in one go
 
 
 def as_box(region: Region, base: int, item_size: int, shape: Shape) -> tuple[Shape, Shape] | None:
@@ -72,9 +73,14 @@ def uncovered(regions: Iterable[Region], base: int, item_size: int, shape: Shape
 
 
 def _any_overlap(low: np.ndarray, high: np.ndarray) -> bool:
-    for i in range(len(low) - 1):
-        inside = (low[i + 1 :] < high[i]) & (low[i] < high[i + 1 :])
-        if bool(inside.all(axis=1).any()):
+    for begin in range(0, len(low), _AT_ONCE):
+        some = slice(begin, begin + _AT_ONCE)
+        meet = np.ones((len(low[some]), len(low) - begin), dtype=bool)  # each with itself and with those behind it
+        for axis in range(low.shape[1]):
+            meet &= low[some, axis, None] < high[None, begin:, axis]
+            meet &= low[None, begin:, axis] < high[some, axis, None]
+        np.fill_diagonal(meet, False)
+        if meet.any():
             return True
     return False
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,8 +14,10 @@ from spmd_engine.errors import PlanError
 from spmd_engine.layout import SourceLayout
 from spmd_engine.plan import RecordedCopy
 from spmd_engine.scheduler.conversion import Conversion
+from spmd_engine.scheduler.plain_recorder import NotPlainError, PlainRecorder
 from spmd_engine.scheduler.recorder import DTYPE_NAMES, Recorder, Recording
 
+logger = logging.getLogger(__name__)
 _NAMES_SHOWN = 5
 
 
@@ -32,20 +36,36 @@ def recorded(
     Raises:
         PlanError: a parameter that no weight of the source reaches, or only in part.
     """
-    recording, converted = record(model, layout, conversion)
-    fallback = _cover(model, recording, covers) | recording.fallback
+    try:
+        recording, converted = _record(PlainRecorder(model), layout, conversion)
+        fallback = _cover(model, recording, covers)
+        if fallback:
+            raise NotPlainError(f"{len(fallback)} weights need the fallback")
+    except (NotPlainError, PlanError) as error:
+        logger.info("the weights are recorded by every operation of their loader: %s", error)
+        recording, converted = _record(Recorder(model), layout, conversion)
+        fallback = _cover(model, recording, covers) | recording.fallback
     copies = [copy for copy in coverage.last_of_duplicates(recording.copies) if copy.weight not in fallback]
     return copies, fallback, converted, bool(recording.constants)
 
 
-def record(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion) -> tuple[Recording, frozenset[str]]:
+def write_constants(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion) -> None:
+    """Let the model's loader write the elements that it fills by itself, and no weights."""
+    try:
+        _record(PlainRecorder(model), layout, conversion)
+    except NotPlainError:
+        _record(Recorder(model), layout, conversion)
+
+
+def _record(
+    recorder: PlainRecorder | Recorder, layout: SourceLayout, conversion: Conversion
+) -> tuple[Recording, frozenset[str]]:
     """Record how the model loads the weights of a layout.
 
     Weights that the loader passes over under the trainer's names are offered once more in the checkpoint's form:
     transformers keeps some of them fused or renamed in memory (experts, since version 5).
     """
-    recorder = Recorder(model)
-    stand_ins = {weight.name: recorder.stand_in(weight) for weight in layout.weights}
+    stand_ins: dict[str, Any] = {weight.name: recorder.stand_in(weight) for weight in layout.weights}
     recording = recorder.run(list(stand_ins.items()))
     used = recording.used()
     unused = {name: tensor for name, tensor in stand_ins.items() if name not in used}
@@ -53,10 +73,7 @@ def record(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion)
     renamed = {name: tensor for name, tensor in views.items() if name not in unused}
     if not renamed:
         return recording, frozenset()
-    second = Recorder(model)
-    for tensor in renamed.values():
-        tensor.recorder = second
-    more = second.run(list(renamed.items()))
+    more = recorder.run(list(renamed.items()))
     return (
         Recording(
             copies=recording.copies + more.copies,

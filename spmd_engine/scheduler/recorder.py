@@ -134,17 +134,38 @@ class _RecordingMode(TorchDispatchMode):
             return self._recorder.dispatch(func, args, kwargs or {}, inputs)
         target: Any = args[0] if args else None
         if func in _WRITES:
-            parameter = self._recorder.parameter_at(target)
+            parameter = self._recorder.parameters.at(target)
             if parameter is not None:
-                self._recorder.recording.constants.append(_region(target))
+                self._recorder.recording.constants.append(region(target))
                 if func is aten.copy_.default and self._recorder.is_stale(args[1]):
                     self._recorder.recording.fallback_parameters.add(parameter)
                     return target  # what it would write was never computed
         return func(*args, **(kwargs or {}))
 
 
+class Parameters:
+    """Where the parameters and buffers of a model are."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.device = next(model.parameters()).device
+        self._spans: dict[int, tuple[int, str]] = {}  # start -> end, the first of its names
+        for name, tensor in all_tensors(model):
+            if tensor.numel():
+                self._spans.setdefault(tensor.data_ptr(), (tensor.data_ptr() + tensor.nbytes, name))
+        self._starts = sorted(self._spans)
+
+    def at(self, tensor: torch.Tensor) -> str | None:
+        """Name of the parameter or buffer that `tensor` is a view of."""
+        address = tensor.data_ptr()
+        at = bisect_right(self._starts, address) - 1
+        if at < 0 or not tensor.numel():
+            return None
+        end, name = self._spans[self._starts[at]]
+        return name if address < end else None
+
+
 class Recorder:
-    """Records one pass of `load_weights`.
+    """Records one pass of `load_weights`, whatever the loader does.
 
     Args:
         model: SGLang's model; its parameters are not written, except by constants that the loader itself writes.
@@ -153,14 +174,9 @@ class Recorder:
     def __init__(self, model: torch.nn.Module) -> None:
         self.recording = Recording()
         self._model = model
-        spans: dict[int, tuple[int, str]] = {}  # start -> end, the first of its names
-        for name, tensor in all_tensors(model):
-            if tensor.numel():
-                spans.setdefault(tensor.data_ptr(), (tensor.data_ptr() + tensor.nbytes, name))
+        self.parameters = Parameters(model)
+        self.device = self.parameters.device
         self._stale: list[torch.Tensor] = []  # temporaries of a loader that lack what a weight should have given them
-        self._starts = sorted(spans)
-        self._spans = spans
-        self.device = next(model.parameters()).device
 
     def stand_in(self, weight: Weight) -> RecordingTensor:
         """A tensor that stands for a weight of the trainer."""
@@ -177,6 +193,7 @@ class Recorder:
             PlanError: the loader refuses a weight, for example because of its shape.
         """
         left = list(weights)
+        self.recording, self._stale = Recording(), []
         while True:
             try:
                 with torch.no_grad(), _RecordingMode(self):
@@ -209,14 +226,6 @@ class Recorder:
         recording.fallback_parameters |= {copy.parameter for copy in dropped}
         recording.copies = [copy for copy in recording.copies if copy.weight not in recording.fallback]
         return recording
-
-    def parameter_at(self, tensor: torch.Tensor) -> str | None:
-        """Name of the parameter or buffer that `tensor` is a view of."""
-        at = bisect_right(self._starts, tensor.data_ptr()) - 1
-        if at < 0 or not tensor.numel():
-            return None
-        end, name = self._spans[self._starts[at]]
-        return name if tensor.data_ptr() < end else None
 
     # ---- operations on stand-ins ----
 
@@ -265,12 +274,12 @@ class Recorder:
             self.recording.fallback.setdefault(name, why)
         if not isinstance(destination, torch.Tensor) or isinstance(destination, RecordingTensor):
             return
-        parameter = self.parameter_at(destination)
+        parameter = self.parameters.at(destination)
         if parameter is None:
             self._stale.append(destination)
         else:
             self.recording.fallback_parameters.add(parameter)
-            self.recording.constants.append(_region(destination))
+            self.recording.constants.append(region(destination))
 
     def is_stale(self, tensor: Any) -> bool:
         """Whether `tensor` shares memory with a temporary that a recording leaves unwritten."""
@@ -279,7 +288,7 @@ class Recorder:
     def _copy(self, destination: torch.Tensor, source: RecordingTensor) -> None:
         if not destination.numel() and not source.numel():
             return  # the last ranks of a padded vocabulary may get no row at all
-        parameter = self.parameter_at(destination)
+        parameter = self.parameters.at(destination)
         # A widening to float32 keeps all values; a narrowing to what the parameter has is what the copy itself does.
         casts = [str(cast) for cast in source.casts if cast not in (destination.dtype, torch.float32)]
         why = ""
@@ -335,7 +344,8 @@ def all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _region(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+def region(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Address, sizes and strides."""
     return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
 
 

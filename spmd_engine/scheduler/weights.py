@@ -25,7 +25,7 @@ from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan, numbered
 from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
-from spmd_engine.scheduler.loading import check_all_used, record, recorded
+from spmd_engine.scheduler.loading import check_all_used, recorded, write_constants
 from spmd_engine.scheduler.recorder import DTYPES
 from spmd_engine.scheduler.staging import Staging
 from spmd_engine.staged import StagedTransfer
@@ -339,8 +339,7 @@ class WeightsKeeper:
     def _begin(self, prepared: _Prepared, *, flush: bool) -> None:
         """Begin to copy what is read in place."""
         if self._are_lost and prepared.has_constants:
-            # A recording writes the loader's own constants.
-            record(adapter.model_of(self._scheduler), prepared.layout, self.conversion)
+            write_constants(adapter.model_of(self._scheduler), prepared.layout, self.conversion)
         prepared.transfer.wait()  # SGLang's own streams may still read the old weights
         prepared.transfer.start()
         if flush:

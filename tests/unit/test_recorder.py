@@ -14,6 +14,7 @@ from spmd_engine.layout import SourceLayout, Weight
 from spmd_engine.plan import build_plan
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.loading import recorded
+from spmd_engine.scheduler.plain_recorder import NotPlainError, PlainRecorder
 from spmd_engine.scheduler.recorder import DTYPE_NAMES, Recorder
 
 
@@ -30,18 +31,25 @@ class Toy(torch.nn.Module):
             self.load(self.p, name, weight)
 
 
-def record(model: torch.nn.Module, weights: dict[str, torch.Tensor]):
+def record(model: torch.nn.Module, weights: dict[str, torch.Tensor], kind=Recorder):
     layout = SourceLayout(tuple(Weight(n, tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in weights.items()), ())
-    recorder = Recorder(model)
+    recorder = kind(model)
     return layout, recorder.run([(w.name, recorder.stand_in(w)) for w in layout.weights])
 
 
-def check(load, shape, dtype=torch.bfloat16, **weights):
-    """Recorded copies do what the loader does; returns the recording."""
+def check(load, shape, dtype=torch.bfloat16, *, is_plain=True, **weights):
+    """Recorded copies do what the loader does, and those of the quick recorder are the same; returns the recording."""
     recorded, real = Toy(shape, load, dtype), Toy(shape, load, dtype)
     layout, recording = record(recorded, weights)
     real.load_weights(weights.items())
     assert not recording.fallback
+    if is_plain:
+        _, quick = record(recorded, weights, PlainRecorder)
+        quick.copies.sort(key=lambda copy: recording.copies.index(copy))  # threads have no order
+        assert quick == recording
+    else:
+        with pytest.raises(NotPlainError):
+            record(recorded, weights, PlainRecorder)
     table = build_plan(layout, coverage.last_of_duplicates(recording.copies), rank=0).bind(
         {0: np.array([t.data_ptr() for t in weights.values()], dtype=np.uint64)}
     )
@@ -89,7 +97,7 @@ def test_interleaved_rows_and_contiguous_copies():
         p.data[:2].copy_(w[::2].contiguous())
         p.data[2:].copy_(w[1::2].clone())
 
-    check(load, (4, 3), a=randn(4, 3))
+    check(load, (4, 3), is_plain=False, a=randn(4, 3))
 
 
 def test_a_rank_that_gets_no_rows_of_a_padded_vocabulary():
@@ -100,8 +108,9 @@ def test_a_rank_that_gets_no_rows_of_a_padded_vocabulary():
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.bfloat16])
 def test_casts(source, target):
-    check(lambda p, n, w: p.data.copy_(w.to(p.dtype)), (4, 4), target, a=randn(4, 4, dtype=source))
-    check(lambda p, n, w: p.data.copy_(w.float()), (4, 4), target, a=randn(4, 4, dtype=source))
+    weight, is_same = randn(4, 4, dtype=source), source == target
+    check(lambda p, n, w: p.data.copy_(w.to(p.dtype)), (4, 4), target, is_plain=is_same, a=weight)
+    check(lambda p, n, w: p.data.copy_(w.float()), (4, 4), target, is_plain=source == torch.float32, a=weight)
     check(lambda p, n, w: p.data.copy_(w), (4, 4), target, a=randn(4, 4, dtype=source))
 
 
@@ -135,6 +144,8 @@ def test_padding_is_a_constant():
 )
 def test_arithmetic_goes_through_the_fallback_and_leaves_parameters_alone(load, why):
     model = Toy((4, 4), load)
+    with pytest.raises(NotPlainError):
+        record(model, {"a": randn(4, 4)}, PlainRecorder)
     _, recording = record(model, {"a": randn(4, 4)})
     assert recording.fallback == {"a": why} and recording.fallback_parameters == {"p"}
     assert not model.p.any()
@@ -147,6 +158,8 @@ def test_a_temporary_that_was_never_filled_is_not_written_into_a_parameter():
         p.data.copy_(staging)
 
     model = Toy((4, 4), load)
+    with pytest.raises(NotPlainError):
+        record(model, {"a": randn(4, 4)}, PlainRecorder)
     _, recording = record(model, {"a": randn(4, 4)})
     assert recording.fallback == {"a": "its loader copies it to somewhere else than a parameter"}
     assert recording.fallback_parameters == {"p"}
@@ -175,6 +188,38 @@ def test_a_weight_that_the_loader_skips_is_not_used():
         Toy((4,), lambda p, n, w: p.data.copy_(w) if n == "a" else None), {"a": randn(4), "b": randn(4)}
     )
     assert recording.used() == {"a"}
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda p, n, w: (p.data.copy_(w), p.data.copy_(torch.ones(4, 4))),
+        lambda p, n, w: (p.data.copy_(w), p.data.__setitem__(0, 0)),
+        lambda p, n, w: (p.data.copy_(w), p.data[:2].__setitem__(0, w[0])),
+        lambda p, n, w: p.data.copy_(w.view(torch.float16)),
+        lambda p, n, w: p.data.copy_(w[torch.tensor([3, 2, 1, 0])]),
+        lambda p, n, w: p.data.copy_(w.narrow(0, 3, 9)),
+        lambda p, n, w: torch.empty(4, 4).copy_(w),
+        lambda p, n, w: p.data.copy_(w) if w.is_cuda else None,
+        lambda p, n, w: w.copy_(p.data),
+        lambda p, n, w: torch._foreach_copy_([p.data], [w]),
+    ],
+)
+def test_what_the_quick_recorder_leaves_to_the_other_one(load):
+    model = Toy((4, 4), load)
+    with pytest.raises(NotPlainError):
+        record(model, {"a": randn(4, 4)}, PlainRecorder)
+    for name in ("copy_", "fill_", "zero_", "__setitem__"):  # torch's own again
+        assert name not in vars(torch.Tensor)
+
+
+def test_a_loader_that_is_not_plain_is_recorded_all_the_same(caplog):
+    layout = SourceLayout((Weight("a", (4, 4), "float32"),), ())
+    for load, fallback in ((lambda p, n, w: p.data.copy_(w.bfloat16()), []), (lambda p, n, w: p.data.copy_(-w), ["a"])):
+        with caplog.at_level("INFO", "spmd_engine"):
+            copies, needs_loader, _, _ = recorded(Toy((4, 4), load), layout, Conversion(None))
+        assert [*needs_loader] == fallback and [copy.weight for copy in copies] == ["a"][len(fallback) :]
+        assert "recorded by every operation of their loader" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])

@@ -1,0 +1,184 @@
+"""The quick way to record a loader that does nothing but slice weights and copy the slices, as nearly all loaders do.
+
+A `PlainStandIn` is a `meta` tensor of torch's own: a view of it costs what it costs in C++, and the storage that it
+shares says which weight it shows. What a loader calls is seen where Python calls torch, not in torch's dispatcher.
+Whatever is neither a view, nor a question about the shape, nor a copy into a parameter, ends the attempt with a
+`NotPlainError`: `recorder.Recorder` sees every operation, and takes three times as long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from spmd_engine.layout import Weight
+from spmd_engine.plan import RecordedCopy
+from spmd_engine.scheduler.recorder import DTYPE_NAMES, DTYPES, Parameters, Recording, region
+
+_Tensor = torch.Tensor
+
+
+def _functions(*names: str) -> set[Any]:
+    """A function as a method of tensors and, where torch has it, as a function of its own."""
+    return {getattr(owner, name) for owner in (_Tensor, torch) for name in names if hasattr(owner, name)}
+
+
+def _getters(*names: str) -> set[Any]:
+    return {getattr(_Tensor, name).__get__ for name in names}
+
+
+# A result that shares no memory with its argument (of `reshape`, for example) is no view all the same.
+_VIEWS = (
+    _functions("narrow", "squeeze", "unsqueeze", "view", "reshape", "flatten", "transpose", "permute", "t", "select")
+    | _functions("chunk", "split", "unbind", "contiguous", "detach", "view_as", "unflatten", "movedim")
+    | _functions("to", "float", "half", "bfloat16")
+    | {_Tensor.__getitem__}
+    | _getters("data", "T", "mT")
+)
+_QUESTIONS = (
+    _functions("size", "dim", "numel", "stride", "nelement", "ndimension", "element_size", "is_contiguous")
+    | _functions("storage_offset", "is_floating_point", "is_complex")
+    | {_Tensor.__len__}
+    | _getters("shape", "dtype", "ndim", "requires_grad", "layout", "is_sparse", "is_quantized", "nbytes")
+)
+_DEVICE = _Tensor.device.__get__  # type: ignore[attr-defined]
+
+
+class NotPlainError(Exception):
+    """A loader does more with weights than to copy slices of them."""
+
+
+class PlainStandIn(torch.Tensor):
+    """A weight without data, or a view of one."""
+
+    device_of_model: torch.device
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _QUESTIONS:
+                return func(*args, **(kwargs or {}))
+            stand_in = args[0]
+            if func in _VIEWS and isinstance(stand_in, PlainStandIn):
+                result = func(*args, **(kwargs or {}))
+                if isinstance(result, _Tensor):
+                    return _view(result, stand_in)
+                return tuple(_view(one, stand_in) for one in result)
+            if func == _DEVICE:
+                return cls.device_of_model
+        raise NotPlainError(f"its loader calls {getattr(func, '__name__', func)}")
+
+
+def _view(result: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    if result.dtype != of.dtype or _storage(result) != _storage(of):
+        raise NotPlainError("its loader converts a weight, or lays it out anew")
+    return result.as_subclass(PlainStandIn)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class PlainRecorder:
+    """Records one pass of `load_weights`.
+
+    Args:
+        model: SGLang's model; its parameters are not written, except by constants that the loader itself writes.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model, self._parameters = model, Parameters(model)
+        self._recording = Recording()
+        self._weights: dict[int, tuple[str, torch.Tensor]] = {}  # by storage; the tensor keeps it
+        PlainStandIn.device_of_model = self._parameters.device
+
+    def stand_in(self, weight: Weight) -> torch.Tensor:
+        """A tensor that stands for a weight of the trainer."""
+        meta = torch.empty(weight.shape, dtype=DTYPES[weight.dtype], device="meta")
+        self._weights[_storage(meta)] = weight.name, meta
+        return meta.as_subclass(PlainStandIn)
+
+    def run(self, weights: Sequence[tuple[str, torch.Tensor]]) -> Recording:
+        """Call `load_weights` with stand-ins.
+
+        Args:
+            weights: (name for the loader, stand-in), which may be views of weights under other names.
+
+        Raises:
+            NotPlainError: the loader is none of those that this recorder understands, or it refuses a weight.
+        """
+        self._recording = Recording()
+        try:
+            with torch.no_grad(), self._watch():
+                self._model.load_weights(iter(weights))  # type: ignore[operator]
+        except Exception as error:
+            raise NotPlainError(str(error)) from error
+        return self._recording
+
+    @contextlib.contextmanager
+    def _watch(self) -> Iterator[None]:
+        """Note what the loader writes into parameters: stand-ins, and constants such as a vocabulary's padding."""
+
+        def copy_(target: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if isinstance(source, PlainStandIn) or isinstance(target, PlainStandIn):
+                self._copy(target, source)
+                return target
+            self._refuse(target)
+            return originals["copy_"](target, source, *args, **kwargs)
+
+        def constant(name: str) -> Callable[..., Any]:
+            def fill(target: torch.Tensor, *args: Any) -> Any:
+                if self._parameters.at(target) is not None:
+                    self._recording.constants.append(region(target))
+                return originals[name](target, *args)
+
+            return fill
+
+        def set_item(target: torch.Tensor, index: Any, value: Any) -> None:
+            self._refuse(target)
+            originals["__setitem__"](target, index, value)
+
+        watched = {"copy_": copy_, "fill_": constant("fill_"), "zero_": constant("zero_"), "__setitem__": set_item}
+        originals: dict[str, Callable[..., Any]] = {name: getattr(_Tensor, name) for name in watched}
+        # torch.Tensor inherits all of them: what is set here hides them, and is taken away again.
+        for name, function in watched.items():
+            setattr(_Tensor, name, function)
+        try:
+            yield
+        finally:
+            for name in watched:
+                delattr(_Tensor, name)
+
+    def _refuse(self, target: torch.Tensor) -> None:
+        if isinstance(target, PlainStandIn) or self._parameters.at(target) is not None:
+            raise NotPlainError("its loader writes something else than a weight into a parameter")
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            if not target.numel() and not source.numel():
+                return  # the last ranks of a padded vocabulary may get no row at all
+            parameter = None if isinstance(target, PlainStandIn) else self._parameters.at(target)
+            if (
+                parameter is None
+                or not isinstance(source, PlainStandIn)
+                or target.dtype not in DTYPE_NAMES
+                or source.numel() != target.numel()
+            ):
+                raise NotPlainError("its loader copies a weight to somewhere else than a parameter, or repeats it")
+            name, _ = self._weights[_storage(source)]
+            view = source if source.shape == target.shape else source.view(target.shape)
+            self._recording.copies.append(
+                RecordedCopy(
+                    weight=name,
+                    sizes=tuple(target.shape),
+                    src_offset=int(view.storage_offset()),
+                    src_strides=view.stride(),
+                    dst_address=target.data_ptr(),
+                    dst_strides=target.stride(),
+                    dst_dtype=DTYPE_NAMES[target.dtype],
+                    parameter=parameter,
+                )
+            )
