@@ -44,7 +44,6 @@ _QUESTIONS = (
     | {_Tensor.__len__}
     | _getters("shape", "dtype", "ndim", "requires_grad", "layout", "is_sparse", "is_quantized", "nbytes")
 )
-_DEVICE = _Tensor.device.__get__  # type: ignore[attr-defined]
 
 
 class NotPlainError(Exception):
@@ -54,21 +53,17 @@ class NotPlainError(Exception):
 class PlainStandIn(torch.Tensor):
     """A weight without data, or a view of one."""
 
-    device_of_model: torch.device
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             if func in _QUESTIONS:
                 return func(*args, **(kwargs or {}))
-            stand_in = args[0]
+            stand_in = args[0] if args else None
             if func in _VIEWS and isinstance(stand_in, PlainStandIn):
                 result = func(*args, **(kwargs or {}))
                 if isinstance(result, _Tensor):
                     return _view(result, stand_in)
                 return tuple(_view(one, stand_in) for one in result)
-            if func == _DEVICE:
-                return cls.device_of_model
         raise NotPlainError(f"its loader calls {getattr(func, '__name__', func)}")
 
 
@@ -93,7 +88,6 @@ class PlainRecorder:
         self._model, self._parameters = model, Parameters(model)
         self._recording = Recording()
         self._weights: dict[int, tuple[str, torch.Tensor]] = {}  # by storage; the tensor keeps it
-        PlainStandIn.device_of_model = self._parameters.device
 
     def stand_in(self, weight: Weight) -> torch.Tensor:
         """A tensor that stands for a weight of the trainer."""
