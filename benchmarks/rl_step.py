@@ -63,6 +63,7 @@ def parse() -> argparse.Namespace:
         metavar=SHAPE,
         help="the batch of each rank; 8x512 by default",
     )
+    add("--keep-mapped", action="store_true", help="SpmdEngine(..., keep_mapped=True): the weights stay on the GPU")
     add("--server-args", type=json.loads, default={}, help="more arguments of both engines, as JSON")
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
     add("--timeout", type=float, default=1800.0, metavar="SECONDS", help="end the ranks after this time")

@@ -93,7 +93,7 @@ class Ours:
     sleeps = True
 
     def __init__(self, job: Job) -> None:
-        arguments = {**job.server_args, "enable_memory_saver": True}
+        arguments = {**job.server_args, "enable_memory_saver": True, "keep_mapped": job.args.keep_mapped}
         self._engine = SpmdEngine(job.path, device_mesh_cpu=job.mesh, timeout_s=job.args.timeout, **arguments)
         self.pids = [self._engine.scheduler_pid]
 
@@ -176,6 +176,7 @@ def _measure(job: Job) -> dict[str, Any]:
     args, leads = job.args, dist.get_rank() == 0
     model = make_trainer(job.path, "fsdp2", dtype=torch.bfloat16, device=job.device)
     facts = {name: getattr(args, name) for name in ("model", "tp", "dp", "steps", "prompt_tokens")}
+    facts["keep_mapped"] = args.keep_mapped
     for name in ("rollout", "train_tokens"):
         facts[name] = "x".join(map(str, getattr(args, name)))
     facts["kv_tokens"] = job.server_args["max_total_tokens"]

@@ -68,6 +68,7 @@ class Start:
         nnodes, node_rank: over how many nodes the replica's ranks are spread, and which of them this is.
         host: this node's address on the way to the others.
         gpu_id: CUDA ordinal of this rank among the GPUs that the process sees.
+        keeps_mapped: the trainers' memory stays mapped while memory is released and resumed.
     """
 
     protocol: int
@@ -90,6 +91,7 @@ class Start:
     timeout_s: float
     weight_version: int
     is_restart: bool
+    keeps_mapped: bool
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,9 @@ class SpmdEngine(LeaderCalls):
         timeout_s: seconds that any collective call may take, waiting for slower ranks included.
         log_dir: directory for the logs of the scheduler processes. By default they vanish with the engine; the end
             of a log is part of the error when a process dies.
+        keep_mapped: leave the trainer's weights mapped while memory is released and resumed, so that the next update
+            need not open them again, which takes far longer than the copy. For trainers whose weights stay on the GPU:
+            what such a trainer frees is not free before the next update, or before a resume that lacks memory.
         **server_args: any field of `sglang.ServerArgs`. The fields for ranks, ports and TP size are set by the engine.
 
     Raises:
@@ -68,11 +71,12 @@ class SpmdEngine(LeaderCalls):
         device_mesh_cpu: DeviceMesh,
         timeout_s: float = 1800.0,
         log_dir: str | os.PathLike[str] | None = None,
+        keep_mapped: bool = False,
         **server_args: Any,
     ) -> None:
         self._ranks, self.tp_rank = mesh_ranks(device_mesh_cpu)
         self._model_path, self._server_args = os.fspath(model_path), server_args
-        self._timeout_s, self._log_dir = timeout_s, log_dir
+        self._timeout_s, self._log_dir, self._keeps_mapped = timeout_s, log_dir, bool(keep_mapped)
         self._stats = EngineStats()
         self._device: int | None = None  # another thread may have another current device when it restarts the engine
         self._start(is_restart=False)
@@ -85,6 +89,7 @@ class SpmdEngine(LeaderCalls):
             ranks=self._ranks,
             rank=rank,
             timeout_s=self._timeout_s,
+            keeps_mapped=self._keeps_mapped,
             weight_version=self._stats.weight_version,
             device=self._device,
             is_restart=is_restart,
@@ -331,7 +336,8 @@ class SpmdEngine(LeaderCalls):
         """Give memory of the engine back to the device. When this returns, it is free on all ranks of the replica.
 
         Needs `enable_memory_saver=True`. Addresses stay, so CUDA graphs and plans of weight updates stay valid. What
-        the engine has mapped of the trainer's memory is closed, so that the trainer can free it, too.
+        the engine has mapped of the trainer's memory is closed, so that the trainer can free it, too, unless the engine
+        was made with `keep_mapped=True`.
 
         Args:
             tags: of "weights", "kv_cache" and "cuda_graph" those to release; None for all that are awake. The contents
@@ -377,7 +383,8 @@ class SpmdEngine(LeaderCalls):
         def prepare() -> tuple[Any, str]:
             return _check_tags(tags), f"{kind}({'' if tags is None else list(tags)})"
 
-        self._updates.forget_places()
+        if not self._keeps_mapped:
+            self._updates.forget_places()
         _, (sleeping, memory) = self._caller.call(kind, prepare)
         self._stats = replace(self._stats, sleeping=sleeping, memory=memory)
         self._log(logging.DEBUG, kind, f"now asleep: {list(sleeping)}", sleeping=sleeping, memory=memory)

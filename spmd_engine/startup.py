@@ -80,6 +80,7 @@ class Startup:
         ranks: global ranks of the replica, in TP order.
         rank: the caller's global rank.
         timeout_s: seconds to wait for the other ranks.
+        keeps_mapped: as `keep_mapped` of `SpmdEngine`.
         weight_version: that this rank knows; the highest of all ranks counts.
         device: CUDA ordinal of this rank; by default the current device of the calling thread.
         is_restart: the process takes the place of another one.
@@ -99,6 +100,7 @@ class Startup:
         ranks: tuple[int, ...],
         rank: int,
         timeout_s: float,
+        keeps_mapped: bool = False,
         weight_version: int = 0,
         device: int | None = None,
         is_restart: bool = False,
@@ -110,7 +112,7 @@ class Startup:
         self._given_timeout = timeout_s
         # Also if it is refused: the other ranks must hear of that.
         self._timeout_s = timeout_s if _is_timeout(timeout_s) else _REFUSAL_S
-        self.weight_version, self._is_restart = weight_version, is_restart
+        self.weight_version, self._is_restart, self._keeps_mapped = weight_version, is_restart, keeps_mapped
         self.device = device
         self._preload = ""
 
@@ -120,7 +122,7 @@ class Startup:
         Raises:
             ConfigError, CollectiveMismatchError, CollectiveTimeoutError: on all ranks; nothing was started.
         """
-        given = {"model_path": self._model_path, **self._server_args}
+        given = {"model_path": self._model_path, "keep_mapped": self._keeps_mapped, **self._server_args}
         note: dict[str, Any] = {"digest": digest(given), "arguments": repr(given)[:500], "refusal": None, "gpu": None}
         note["tmp"] = tempfile.gettempdir()
         note.update(version=self.weight_version, is_restart=self._is_restart)
@@ -213,6 +215,7 @@ class Startup:
             timeout_s=self._timeout_s,
             weight_version=self.weight_version,
             is_restart=self._is_restart,
+            keeps_mapped=self._keeps_mapped,
         )
         env = child_environment(
             os.environ,

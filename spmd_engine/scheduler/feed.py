@@ -73,7 +73,7 @@ class Feed:
     def attach(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._weights = WeightsKeeper(scheduler, self._start, self._channel)
-        self._memory = MemoryKeeper(scheduler, self._start, self._weights.device)
+        self._memory = MemoryKeeper(scheduler, self._start, self._weights.device, unmap=self._weights.unmap)
         self._service.attach(scheduler, self._weights, self._memory)
 
     def memory(self) -> dict[str, int]:
@@ -328,7 +328,8 @@ class Feed:
         def barrier(header: dict[str, Any]) -> list[dict[str, Any]]:
             return [answer for answer, _ in self._exchange(self._replica, header, b"", call)]
 
-        self._weights.unmap()
+        if not self._start.keeps_mapped:
+            self._weights.unmap()
         if call.kind == "resume_memory_occupation":
             self._memory.resume(call.payload, barrier)
         elif "weights" in self._memory.release(call.payload, barrier) and not self._memory.keeps_weights:

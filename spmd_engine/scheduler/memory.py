@@ -32,10 +32,11 @@ class MemoryKeeper:
         scheduler: SGLang's.
         start: as it came from the trainer rank.
         device: of the engine's parameters.
+        unmap: closes what this process has mapped of the trainers' memory.
     """
 
-    def __init__(self, scheduler: Any, start: Start, device: torch.device) -> None:
-        self._scheduler, self._rank, self._device = scheduler, start.rank, device
+    def __init__(self, scheduler: Any, start: Start, device: torch.device, *, unmap: Callable[[], None]) -> None:
+        self._scheduler, self._rank, self._device, self._unmap = scheduler, start.rank, device, unmap
         self._is_enabled = bool(start.server_args.get("enable_memory_saver"))
         self.keeps_weights = bool(start.server_args.get("enable_weights_cpu_backup"))
         self._sizes = adapter.memory_bytes(scheduler, device)
@@ -113,7 +114,10 @@ class MemoryKeeper:
         """
         wanted = [tag for tag in reversed(_RELEASE_ORDER) if tag in self._freed and (tags is None or tag in tags)]
         self._settle()
-        barrier({})  # from here on no rank of this replica maps memory of the trainers, so what they freed is free
+        is_short = self._free_bytes() < sum(self._freed[tag] for tag in wanted)
+        if any(answer["is_short"] for answer in barrier({"is_short": is_short})):
+            self._unmap()
+            barrier({})  # from here on no rank of this replica maps memory of the trainers, so what they freed is free
         self._check_free(wanted, barrier)
         for tag in wanted:
             adapter.resume_memory(self._scheduler, tag)

@@ -193,6 +193,7 @@ def _start(question: Question, rank: int) -> Start:
         timeout_s=60.0,
         weight_version=0,
         is_restart=False,
+        keeps_mapped=False,
     )
 
 

@@ -139,6 +139,11 @@ def test_sleep_and_wake(tmp_path: Path, tp: int, pausable_graphs: bool) -> None:
     run_ranks(tmp_path, "sleep", tp, path=path, tp=tp, pausable_graphs=pausable_graphs)
 
 
+def test_what_stays_mapped_until_memory_is_short(tmp_path: Path) -> None:
+    path = str(models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE))
+    run_ranks(tmp_path, "keep_mapped", 1, path=path)
+
+
 def test_sources_that_change_and_sources_that_are_refused(tmp_path: Path) -> None:
     path = models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE)
     run_ranks(tmp_path, "sources", 1, path=str(path))

@@ -307,6 +307,43 @@ def sleep(path: str, tp: int) -> None:
         assert greedy(engine) == tokens and engine.weight_checksums() == checksums
 
 
+def keep_mapped(path: str) -> None:
+    """What the engine keeps mapped need not be opened again, and is closed when the engine lacks memory to wake."""
+    with make_engine(path, 1, enable_memory_saver=True, keep_mapped=True) as engine:
+        weights = {n: t.detach() for n, t in models.make_model("qwen2", seed=2, **SHAPE).cuda().state_dict().items()}
+        block = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").view(torch.bfloat16)
+        sizes = [tensor.numel() for tensor in weights.values()]
+        parts = block[: sum(sizes)].split(sizes)
+        source = {n: p.view_as(t).copy_(t) for (n, t), p in zip(weights.items(), parts, strict=True)}
+        engine.update_weights(source)
+        tokens, checksums = greedy(engine), engine.weight_checksums()
+        for _ in range(3):
+            engine.sleep()
+            engine.resume_memory_occupation(["weights"])
+            stats = engine.update_weights(source, verify=True)
+            assert not stats.planned and stats.wrong_elements == 0 and stats.bind_s < 1e-4, stats
+            engine.wake_up()
+            assert greedy(engine) == tokens and engine.weight_checksums() == checksums
+
+        engine.release_memory_occupation(["kv_cache"])
+        before = torch.cuda.mem_get_info()[0]
+        source.clear()
+        del block, parts
+        torch.cuda.empty_cache()
+        assert torch.cuda.mem_get_info()[0] - before < 1 << 29, "what is mapped is not free"
+        hogs = []
+        for size in (1 << 30, 64 << 20, 2 << 20):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                while True:
+                    hogs.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        engine.resume_memory_occupation(["kv_cache"])
+        hogs.clear()
+        torch.cuda.empty_cache()
+        assert greedy(engine) == tokens
+        stats = engine.update_weights(weights, verify=True)
+        assert not stats.planned and stats.wrong_elements == 0 and engine.weight_checksums() == checksums
+
+
 def lost_gpu(path: str) -> None:
     """A kernel of a loader fails, for good: the process ends and says so, and another one takes its place."""
     tests = str(Path(__file__).parents[1])
@@ -358,6 +395,7 @@ SCENARIOS: dict[str, Any] = {
     "sources": sources,
     "other_node": other_node,
     "sleep": sleep,
+    "keep_mapped": keep_mapped,
     "lost_gpu": lost_gpu,
     "out_of_memory": out_of_memory,
 }

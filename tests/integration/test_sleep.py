@@ -23,3 +23,9 @@ def test_weights_with_a_backup(tmp_path, checkpoint):
 @pytest.mark.one_version
 def test_one_of_two_replicas_sleeps(tmp_path, checkpoint):
     run_job("sleep.two_replicas", 2, tmp_path, path=checkpoint("qwen2", 1))
+
+
+@pytest.mark.one_version
+def test_what_stays_mapped_is_not_opened_again(tmp_path, checkpoint):
+    for seconds in run_job("sleep.kept_mapped", 2, tmp_path, path=checkpoint("qwen2", 1)).values:
+        assert seconds["kept"] < 20e-6 < seconds["moved"]  # opening takes messages between the processes

@@ -35,6 +35,7 @@ def start(tmp_path):
         timeout_s=60.0,
         weight_version=0,
         is_restart=False,
+        keeps_mapped=False,
     )
 
 
