@@ -137,14 +137,14 @@ class PlainRecorder:
 
         watched = {"copy_": copy_, "fill_": constant("fill_"), "zero_": constant("zero_"), "__setitem__": set_item}
         originals: dict[str, Callable[..., Any]] = {name: getattr(_Tensor, name) for name in watched}
-        # torch.Tensor inherits all of them: what is set here hides them, and is taken away again.
-        for name, function in watched.items():
-            setattr(_Tensor, name, function)
-        try:
+        with contextlib.ExitStack() as undo:
+            for name, function in watched.items():
+                if name in vars(_Tensor):
+                    undo.callback(setattr, _Tensor, name, vars(_Tensor)[name])
+                else:  # inherited: what is set here hides it
+                    undo.callback(delattr, _Tensor, name)
+                setattr(_Tensor, name, function)
             yield
-        finally:
-            for name in watched:
-                delattr(_Tensor, name)
 
     def _refuse(self, target: torch.Tensor) -> None:
         if isinstance(target, PlainStandIn) or self._parameters.at(target) is not None:
