@@ -235,7 +235,7 @@ def kept_mapped(context: Any, path: str) -> dict[str, Any]:
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         engine.update_weights(weights)
         tokens, checksums = greedy(engine), engine.weight_checksums()
-        for _ in range(4):
+        for _ in range(2):
             for name in seconds:
                 engine.sleep()
                 if name == "moved":
