@@ -243,6 +243,7 @@ def test_grpo(tmp_path, model, strategy):
     from hydra import compose, initialize_config_module
 
     more = [f"actor_rollout_ref.model.path={model}", f"actor_rollout_ref.actor.strategy={strategy}"]
+    more.append(f"+actor_rollout_ref.rollout.engine_kwargs.spmd.keep_mapped={strategy == 'fsdp2'}")
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", [*COMMAND, *ON_CPU, *more])
     with cluster.two_nodes(4):

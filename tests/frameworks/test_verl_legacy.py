@@ -150,7 +150,8 @@ def step(workers: Any, seed: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
 def test_grpo(tmp_path, model, ray_nodes, strategy):
-    with workers_of(model, f"actor_rollout_ref.actor.strategy={strategy}") as workers:
+    keep_mapped = f"+actor_rollout_ref.rollout.engine_kwargs.sglang.keep_mapped={strategy == 'fsdp2'}"
+    with workers_of(model, f"actor_rollout_ref.actor.strategy={strategy}", keep_mapped) as workers:
         run_grpo(workers, tmp_path)
 
 
