@@ -165,14 +165,21 @@ def allow_ptrace_by_any() -> bool:
     return bool(_C.allow_ptrace_by_any())
 
 
-def snapshot(modules: list[Any], mapping: dict[str, Any], sharded_type: type) -> bytes:
+def snapshot(modules: list[Any], mapping: dict[str, Any], tensor_type: type, sharded_type: type) -> bytes:
     """Everything that modules and a mapping register, and where its tensors are; equal if nothing has changed.
 
     For each module and the mapping: how many entries, each with the hash of its name and its identity; for a tensor
-    the address, size, strides and dtype of its data, and for one of `sharded_type` (torch's DTensor) also the
+    the address, device, size, strides and dtype of its data, and for one of `sharded_type` (torch's DTensor) also the
     identities of its sharding and of its local part. Values do not matter.
+
+    Args:
+        tensor_type: torch's Tensor, which tells by DLPack's C exchange API (torch 2.10 and later) where one is.
+        sharded_type: torch's DTensor.
+
+    Raises:
+        TypeError, AttributeError, BufferError, RuntimeError: something there is no ordinary module or tensor.
     """
-    return bytes(_C.snapshot(modules, mapping, sharded_type))
+    return bytes(_C.snapshot(modules, mapping, tensor_type, sharded_type))
 
 
 def has_cuda() -> bool:

@@ -63,6 +63,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--experts", choices=("as-transformers", "per-expert"), default="as-transformers", help="how they are stored")
     add("--off-loaded", action="store_true", help="the trainer's shards are in CPU memory")
     add("--gpus-per-node", type=int, default=8)
+    add("--server-args", type=json.loads, default={}, help="further arguments of the engine, as JSON")
     add("--hbm-gbps", type=float, default=speeds.hbm / 1e9, help="GB/s of a copy inside a GPU (%(default)s)")
     add("--nvlink-gbps", type=float, default=speeds.nvlink / 1e9, help="GB/s of a GPU, each way (%(default)s)")
     add("--host-gbps", type=float, default=speeds.host / 1e9, help="GB/s from CPU memory to a GPU (%(default)s)")
@@ -85,7 +86,8 @@ def _plan(options: argparse.Namespace) -> int:
         off_loaded=options.off_loaded,
     )
     rates = (options.hbm_gbps, options.nvlink_gbps, options.host_gbps, options.network_gbps)
-    report = plan_on_paper(options.model, cluster, speeds=LinkSpeeds(*(rate * 1e9 for rate in rates)))
+    speeds = LinkSpeeds(*(rate * 1e9 for rate in rates))
+    report = plan_on_paper(options.model, cluster, speeds=speeds, server_args=options.server_args)
     if options.json:
         options.json.write_text(json.dumps({"model": options.model, **vars(cluster), **report.to_dict()}, indent=1))
     if options.heat_map:

@@ -213,6 +213,9 @@ class SpmdEngine(LeaderCalls):
         Collective over all ranks that hold shards of `source` and over the ranks of this replica. The first call
         records and plans, later ones with the same layout reuse the plan. The prefix cache is dropped.
 
+        To record the experts that transformers stacks takes seconds. The engine does that by itself after its start,
+        for the weights of transformers' model in its own dtype; a call that comes meanwhile waits for it.
+
         Args:
             source: an `nn.Module` (plain, or sharded by FSDP1 or FSDP2), or a mapping from Hugging Face names
                 to tensors or DTensors. Floating-point weights are cast to the engine's dtype on the way.

@@ -78,13 +78,20 @@ class Cluster:
             raise ConfigError(f"dtype must be one of {', '.join(ITEM_SIZE)}, got {self.dtype!r}")
 
 
-def plan_on_paper(model: str | os.PathLike[str], cluster: Cluster, *, speeds: LinkSpeeds | None = None) -> PlanReport:
+def plan_on_paper(
+    model: str | os.PathLike[str],
+    cluster: Cluster,
+    *,
+    speeds: LinkSpeeds | None = None,
+    server_args: Mapping[str, Any] | None = None,
+) -> PlanReport:
     """What `update_weights` would move in a cluster.
 
     Args:
         model: a name in `shapes.SHAPES`, or a directory with a `config.json`. A quantisation in it is left out.
         cluster: its shape.
         speeds: what links carry, for the floors; by default an H200's.
+        server_args: further arguments of the engine, as `SpmdEngine` takes them.
 
     Raises:
         ConfigError: there is no such cluster or model, or SGLang or FSDP2 refuses it.
@@ -94,7 +101,7 @@ def plan_on_paper(model: str | os.PathLike[str], cluster: Cluster, *, speeds: Li
     cluster.check()
     with tempfile.TemporaryDirectory(prefix="spmd-engine-") as scratch:
         path = _plain_model(os.fspath(model), Path(scratch))
-        answer = _ask(path, cluster, Path(scratch))
+        answer = _ask(path, cluster, server_args or {}, Path(scratch))
     names = [name for name, *_ in answer["weights"]]
     readers: list[dict[str, Want]] = []
     fallback: dict[str, str] = {}
@@ -143,12 +150,12 @@ def _plain_model(model: str, scratch: Path) -> Path:
     return plain
 
 
-def _ask(path: Path, cluster: Cluster, scratch: Path) -> dict[str, Any]:
+def _ask(path: Path, cluster: Cluster, server_args: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     """What the child process finds out."""
     question = {
         "model_path": str(path),
         "tp_size": cluster.tp,
-        "server_args": {"ep_size": cluster.ep} if cluster.ep > 1 else {},
+        "server_args": {**server_args, **({"ep_size": cluster.ep} if cluster.ep > 1 else {})},
         "dtype": cluster.dtype,
         "per_expert": cluster.per_expert,
         "scratch": str(scratch),

@@ -1,6 +1,6 @@
 """Recognises a module or a mapping whose tensors are where they were: the steady path's look at every weight.
 
-Describing the 339 parameters of a 7B model takes ten times as long as this.
+Describing the 339 parameters of a 7B model takes fifty times as long as this.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Probe:
         if (self._source is not None and self._source() is not source) or None in modules:
             return None
         try:
-            return _native.snapshot(modules, source if self._source is None else {}, self._sharded_type)
+            mapping = source if self._source is None else {}
+            return _native.snapshot(modules, mapping, torch.Tensor, self._sharded_type)
         except Exception:  # TorchScript's modules have no registries, and some tensors no address
             return None

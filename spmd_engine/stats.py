@@ -24,6 +24,7 @@ class UpdateStats:
         fallback_weights: names that went through the model's own loader because its loading is not a plain copy.
         wrong_elements: elements that differ from the source after the copy; None unless `verify=True`.
         record_s, plan_s: seconds to record SGLang's `load_weights` and to build the plan; 0 when reused.
+            Recording is 0, too, where it had been done before the update: see `SpmdEngine.update_weights`.
         describe_s: seconds on the trainer rank to describe the source and to wait for the work queued on its stream.
         wait_s: seconds until all ranks had announced the same update, with their shards final.
         bind_s: seconds to open memory that has moved and to put its addresses into the table; about 0 otherwise.

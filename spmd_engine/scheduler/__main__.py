@@ -82,6 +82,7 @@ def _serve(start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> 
     gc.collect()
     gc.freeze()
     channel.send(Ready(feed.memory()))
+    feed.foresee()
     scheduler.run_event_loop()
 
 

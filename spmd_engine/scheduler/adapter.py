@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from spmd_engine.errors import InvalidRequestError
+from spmd_engine.errors import InvalidRequestError, PlanError
 from spmd_engine.requests import FunctionCall, GenerateRequest
 
 # A larger tensor that a module keeps beside its parameters is one that it derives from them.
@@ -138,6 +138,20 @@ def unregistered_constants(scheduler: Any) -> list[torch.Tensor]:
     """Small tensors that modules keep beside parameters and buffers: no update writes them, and SGLang restores only
     buffers. Which experts are local is one, for example."""
     return [tensor for _, tensor in _unregistered(model_of(scheduler)) if 0 < tensor.nbytes <= _MAX_KEPT_BYTES]
+
+
+def check_kept_as_loaded(model: torch.nn.Module) -> None:
+    """Refuse a model some of whose parameters SGLang lays out anew after its loader has filled them.
+
+    Raises:
+        PlanError: with what to do.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "use_flashinfer_trtllm_moe", False):
+            raise PlanError(
+                f"the MoE kernels of flashinfer_trtllm keep the weights of {name} in another order than SGLang loads "
+                "them: start the engine with another moe_runner_backend, 'triton' for example"
+            )
 
 
 def refresh_derived(model: torch.nn.Module) -> None:

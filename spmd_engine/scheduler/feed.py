@@ -76,6 +76,10 @@ class Feed:
         self._memory = MemoryKeeper(scheduler, self._start, self._weights.device, unmap=self._weights.unmap)
         self._service.attach(scheduler, self._weights, self._memory)
 
+    def foresee(self) -> None:
+        """Do what the first weight update will need and the trainer's first call need not wait for."""
+        self._weights.foresee()
+
     def memory(self) -> dict[str, int]:
         """Bytes that the engine holds on its device, by tag."""
         return self._memory.held()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from spmd_engine import coverage
 from spmd_engine.errors import PlanError
-from spmd_engine.layout import SourceLayout
+from spmd_engine.layout import SourceLayout, Weight
 from spmd_engine.plan import RecordedCopy
+from spmd_engine.probe import Probe
+from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.plain_recorder import NotPlainError, PlainRecorder
 from spmd_engine.scheduler.recorder import DTYPE_NAMES, Recorder, Recording
@@ -21,21 +24,39 @@ logger = logging.getLogger(__name__)
 _NAMES_SHOWN = 5
 
 
+@dataclass(frozen=True)
+class Loads:
+    """What fills a model's parameters from a layout.
+
+    Attributes:
+        copies: blocks of weights to blocks of parameters.
+        fallback: weights that take the model's own loader instead, and why.
+        converted: weights that the loader knows under other names.
+        has_constants: the loader fills some elements by itself.
+    """
+
+    copies: list[RecordedCopy]
+    fallback: dict[str, str]
+    converted: frozenset[str]
+    has_constants: bool
+
+
 def recorded(
     model: torch.nn.Module,
     layout: SourceLayout,
     conversion: Conversion,
     covers: Callable[[str], bool] = lambda parameter: True,
-) -> tuple[list[RecordedCopy], dict[str, str], frozenset[str], bool]:
-    """What fills the model's parameters from a layout: the copies, the weights that take the model's own loader instead
-    and why, those that the loader knows under other names, and whether it fills some elements by itself.
+) -> Loads:
+    """How the model's own loader fills its parameters from a layout.
 
     Args:
         covers: which parameters must be filled; all, except where the layout is a part of a trainer's.
 
     Raises:
-        PlanError: a parameter that no weight of the source reaches, or only in part.
+        PlanError: a parameter that no weight of the source reaches, or only in part, or that SGLang lays out anew once
+            it is loaded.
     """
+    adapter.check_kept_as_loaded(model)
     try:
         recording, converted = _record(PlainRecorder(model), layout, conversion)
         fallback = _cover(model, recording, covers)
@@ -46,7 +67,36 @@ def recorded(
         recording, converted = _record(Recorder(model), layout, conversion)
         fallback = _cover(model, recording, covers) | recording.fallback
     copies = [copy for copy in coverage.last_of_duplicates(recording.copies) if copy.weight not in fallback]
-    return copies, fallback, converted, bool(recording.constants)
+    return Loads(copies, fallback, converted, bool(recording.constants))
+
+
+class Foresight:
+    """The recording of a trainer's first weights, made before they come: transformers' model tells which they will be.
+
+    To record the 18432 expert weights of a Qwen3-30B-A3B takes seconds, in which the process would else be idle.
+
+    Args:
+        model: SGLang's.
+        conversion: of the same model.
+
+    Raises:
+        ConfigError: transformers has no such model.
+        PlanError: see `recorded`.
+    """
+
+    def __init__(self, model: torch.nn.Module, conversion: Conversion) -> None:
+        described, _ = conversion.trainer_weights(dtype=DTYPE_NAMES[next(model.parameters()).dtype])
+        layout = SourceLayout(tuple(Weight(name, shape, dtype) for name, shape, dtype, _ in described), ())
+        self._kinds, self._target = _kinds(layout), Probe(model, model.parameters())
+        self._loads = recorded(model, layout, conversion)
+
+    def loads(self, model: torch.nn.Module, layout: SourceLayout) -> Loads | None:
+        """How the weights of `layout` load, if they were foreseen and the parameters are where they were."""
+        return self._loads if self._kinds == _kinds(layout) and self._target.holds(model) else None
+
+
+def _kinds(layout: SourceLayout) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(weight.name, weight.shape, weight.dtype) for weight in layout.weights]
 
 
 def write_constants(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion) -> None:

@@ -23,9 +23,9 @@ from spmd_engine.channel import PROTOCOL, LinkAddress, Start
 from spmd_engine.errors import ConfigError, ErrorReport, SpmdEngineError
 from spmd_engine.layout import SourceLayout, Weight
 from spmd_engine.scheduler import starting
-from spmd_engine.scheduler.conversion import Conversion
+from spmd_engine.scheduler.conversion import Conversion, Described
 from spmd_engine.scheduler.loading import check_all_used
-from spmd_engine.scheduler.recorder import DTYPE_NAMES, all_tensors
+from spmd_engine.scheduler.recorder import all_tensors
 from spmd_engine.scheduler.survey import wants_and_fallback
 from spmd_engine.wants import to_plain
 
@@ -53,10 +53,6 @@ class Question:
     scratch: str
 
 
-# Name, shape, dtype, and whether it is a parameter (FSDP shards these, and leaves buffers whole).
-Described = tuple[str, tuple[int, ...], str, bool]
-
-
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what SGLang prints is not the answer
@@ -77,7 +73,7 @@ def _answer(question: Question) -> dict[str, Any]:
         conversion = Conversion(AutoConfig.from_pretrained(question.model_path))
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(f"transformers cannot read the model's configuration: {error}") from error
-    weights, optional = trainer_weights(conversion, dtype=question.dtype, per_expert=question.per_expert)
+    weights, optional = conversion.trainer_weights(dtype=question.dtype, per_expert=question.per_expert)
     torch.set_num_threads(1)
     processes = min(question.tp_size, len(os.sched_getaffinity(0)))
     global _shared
@@ -118,33 +114,6 @@ def _record_rank(rank: int) -> dict[str, Any]:
         }
     except SpmdEngineError as error:
         return {"error": [type(error).__name__, str(error)]}
-
-
-def trainer_weights(conversion: Conversion, *, dtype: str, per_expert: bool) -> tuple[list[Described], list[str]]:
-    """The weights of the transformers model, and the names of those that an engine may ignore.
-
-    Raises:
-        ConfigError: transformers has no such model.
-    """
-    model = conversion.empty_model
-    if model is None:
-        raise ConfigError("transformers has no model of this architecture, so the trainer's weights are unknown")
-    tensors = model.state_dict(keep_vars=True)
-    if per_expert:
-        with torch.no_grad():
-            tensors = conversion.to_checkpoint(tensors)
-    weights: list[Described] = []
-    optional, seen, buffers = [], set(), dict(model.named_buffers())
-    for name, tensor in tensors.items():
-        is_buffer = name in buffers
-        if not is_buffer or tensor.dtype in DTYPE_NAMES:
-            weights.append(
-                (name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype] if is_buffer else dtype, not is_buffer)
-            )
-            if is_buffer or id(tensor) in seen:
-                optional.append(name)
-        seen.add(id(tensor))
-    return weights, optional
 
 
 def alike(weights: list[Described], parameters: list[tuple[str, tuple[int, ...], str]]) -> dict[str, str]:

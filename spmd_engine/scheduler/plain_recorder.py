@@ -30,7 +30,7 @@ def _getters(*names: str) -> set[Any]:
     return {getattr(_Tensor, name).__get__ for name in names}
 
 
-# A result that shares no memory with its argument (of `reshape`, for example) is no view all the same.
+# Some of them may convert or lay out anew instead: what is copied in the end tells by its storage.
 _VIEWS = (
     _functions("narrow", "squeeze", "unsqueeze", "view", "reshape", "flatten", "transpose", "permute", "t", "select")
     | _functions("chunk", "split", "unbind", "contiguous", "detach", "view_as", "unflatten", "movedim")
@@ -62,15 +62,9 @@ class PlainStandIn(torch.Tensor):
             if func in _VIEWS and isinstance(stand_in, PlainStandIn):
                 result = func(*args, **(kwargs or {}))
                 if isinstance(result, _Tensor):
-                    return _view(result, stand_in)
-                return tuple(_view(one, stand_in) for one in result)
+                    return result.as_subclass(PlainStandIn)
+                return tuple(one.as_subclass(PlainStandIn) for one in result)
         raise NotPlainError(f"its loader calls {getattr(func, '__name__', func)}")
-
-
-def _view(result: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    if result.dtype != of.dtype or _storage(result) != _storage(of):
-        raise NotPlainError("its loader converts a weight, or lays it out anew")
-    return result.as_subclass(PlainStandIn)
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -162,7 +156,9 @@ class PlainRecorder:
                 or source.numel() != target.numel()
             ):
                 raise NotPlainError("its loader copies a weight to somewhere else than a parameter, or repeats it")
-            name, _ = self._weights[_storage(source)]
+            name, weight = self._weights.get(_storage(source), ("", source))
+            if not name or source.dtype != weight.dtype:
+                raise NotPlainError("its loader converts a weight, or lays it out anew")
             view = source if source.shape == target.shape else source.view(target.shape)
             self._recording.copies.append(
                 RecordedCopy(

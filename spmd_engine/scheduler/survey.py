@@ -84,13 +84,13 @@ def wants_and_fallback(
     Raises:
         PlanError: a parameter that no weight of the source reaches, or only in part.
     """
-    copies, fallback, _, _ = recorded(model, layout, conversion, covers)
+    loads = recorded(model, layout, conversion, covers)
     by_name = {weight.name: weight for weight in layout.weights}
-    wants = wants_of(copies, {name: weight.shape for name, weight in by_name.items()})
-    used = coverage.reach(copies)
-    for weight in (by_name[name] for name in fallback):
+    wants = wants_of(loads.copies, {name: weight.shape for name, weight in by_name.items()})
+    used = coverage.reach(loads.copies)
+    for weight in (by_name[name] for name in loads.fallback):
         size = math.prod(weight.shape)
         parts = (tuple(((0, extent),) for extent in weight.shape or (1,)),)
         wants[weight.name] = Want(parts, size * ITEM_SIZE[weight.dtype])
         used[weight.name] = (0, size - 1)
-    return wants, fallback, used
+    return wants, loads.fallback, used

@@ -25,7 +25,7 @@ from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan, numbered
 from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
-from spmd_engine.scheduler.loading import check_all_used, recorded, write_constants
+from spmd_engine.scheduler.loading import Foresight, check_all_used, recorded, write_constants
 from spmd_engine.scheduler.recorder import DTYPES
 from spmd_engine.scheduler.staging import Staging
 from spmd_engine.staged import StagedTransfer
@@ -89,7 +89,17 @@ class WeightsKeeper:
             self._broken = "the engine was restarted with the weights of its checkpoint: call update_weights first"
         self._are_lost = False  # the parameters' contents, constants included
         self.conversion = Conversion(adapter.hf_config_of(scheduler))
+        self._foresight: Foresight | None = None
         self._attempt = partial(attempt, rank=start.rank, device=self.device)
+
+    def foresee(self) -> None:
+        """Record how the first weights will load, while there is nothing else to do, if that takes long."""
+        if not self.conversion.is_known_to_fuse:
+            return
+        try:
+            self._foresight = Foresight(adapter.model_of(self._scheduler), self.conversion)
+        except Exception as error:  # of whatever kind: the update itself will tell
+            logger.info("rank %d: how the first weights will load cannot be foreseen: %s", self._rank, error)
 
     def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:
         """Take the file descriptors of this rank's memory from the trainer, and offer them until `withdraw`."""
@@ -307,27 +317,30 @@ class WeightsKeeper:
         layout, _ = self._layouts[key]
         model = adapter.model_of(self._scheduler)
         staged = transfer.unreachable(memories, nodes, self._rank, self.device)
-        began = time.monotonic()
-        copies, fallback, converted, has_constants = recorded(model, layout, self.conversion)
-        planning = time.monotonic()
+        foresight, self._foresight = self._foresight, None
+        loads = None if foresight is None else foresight.loads(model, layout)
+        planning = began = time.monotonic()
+        if loads is None:
+            loads = recorded(model, layout, self.conversion)
+            planning = time.monotonic()
         by_name = {weight.name: weight for weight in layout.weights}
         buffers = {
             name: torch.empty(by_name[name].shape, dtype=DTYPES[by_name[name].dtype], device=self.device)
-            for name in fallback
+            for name in loads.fallback
         }
         whole = [_whole(by_name[name], buffer) for name, buffer in sorted(buffers.items())]
-        everything = build_plan(layout, [*copies, *whole], rank=self._rank, nodes=nodes)
+        everything = build_plan(layout, [*loads.copies, *whole], rank=self._rank, nodes=nodes)
         plan, rest = stages.split(everything, staged, rank=self._rank) if staged else (everything, stages.NOTHING)
-        used = {**coverage.reach(copies), **coverage.reach(whole)}
+        used = {**coverage.reach(loads.copies), **coverage.reach(whole)}
         prepared = _Prepared(
             layout=layout,
             plan=plan,
             buffers=buffers,
-            converted=converted & frozenset(fallback),
+            converted=loads.converted & frozenset(loads.fallback),
             used=used,
             record_s=planning - began,
             plan_s=time.monotonic() - planning,
-            has_constants=has_constants,
+            has_constants=loads.has_constants,
             target=Probe(model, model.parameters()),
             transfer=transfer.prepare(plan, rank=self._rank, device=self.device, handles=self._handles),
             staged=None,

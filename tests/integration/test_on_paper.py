@@ -8,7 +8,7 @@ import json
 import pytest
 
 from spmd_engine import cli
-from spmd_engine.errors import ConfigError
+from spmd_engine.errors import ConfigError, PlanError
 from spmd_engine.on_paper import Cluster, plan_on_paper
 
 pytestmark = pytest.mark.one_version
@@ -87,6 +87,12 @@ def test_other_trainers():
     links = report.bytes
     assert links["local"] == 0 and links["staged"] > 0 and links["network"] > 0
     assert report.matrix.sum() == report.written.sum()  # cast to the engine's bfloat16 before they travel
+
+
+def test_kernels_that_keep_weights_in_another_order_than_they_are_loaded(tmp_path):
+    options = {"moe_runner_backend": "flashinfer_trtllm"}
+    with pytest.raises(PlanError, match=r"keep the weights of model\.layers\.0\.mlp\.experts in another order"):
+        plan_on_paper("tiny-moe", Cluster(fsdp=2, tp=2), server_args=options)
 
 
 def test_a_model_that_transformers_does_not_know(tmp_path):

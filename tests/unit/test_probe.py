@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from spmd_engine import _native
 from spmd_engine.probe import Probe
 
 
@@ -137,6 +138,20 @@ def test_another_source_and_tensors_that_no_module_registers_are_never_recognise
 def test_what_cannot_be_looked_at_is_never_recognised():
     scripted = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
     assert not probe_of(scripted).holds(scripted)
+    strange = nn.Linear(2, 2)
+    probe = probe_of(strange)
+    strange._parameters["bias"] = "no tensor"
+    assert not probe.holds(strange) and not probe_of(strange).holds(strange)
+    on_meta = nn.Linear(2, 2, device="meta")
+    assert not probe_of(on_meta).holds(on_meta)
+    without_parts = nn.Linear(2, 2)
+    del without_parts.__dict__["_buffers"]
+    with pytest.raises(TypeError, match="registers its parts in a dict"):
+        _native.snapshot([without_parts], {}, torch.Tensor, DTensor)
+    with pytest.raises(TypeError, match="no tensor is registered"):
+        _native.snapshot([], {"a": 7}, torch.Tensor, DTensor)
+    with pytest.raises(AttributeError, match="__dlpack_c_exchange_api__"):  # torch before 2.10
+        _native.snapshot([], {}, int, DTensor)
 
 
 def test_nothing_is_kept_alive():

@@ -217,8 +217,9 @@ def test_a_loader_that_is_not_plain_is_recorded_all_the_same(caplog):
     layout = SourceLayout((Weight("a", (4, 4), "float32"),), ())
     for load, fallback in ((lambda p, n, w: p.data.copy_(w.bfloat16()), []), (lambda p, n, w: p.data.copy_(-w), ["a"])):
         with caplog.at_level("INFO", "spmd_engine"):
-            copies, needs_loader, _, _ = recorded(Toy((4, 4), load), layout, Conversion(None))
-        assert [*needs_loader] == fallback and [copy.weight for copy in copies] == ["a"][len(fallback) :]
+            loads = recorded(Toy((4, 4), load), layout, Conversion(None))
+        assert [*loads.fallback] == fallback
+        assert [copy.weight for copy in loads.copies] == ["a"][len(fallback) :]
         assert "recorded by every operation of their loader" in caplog.text
 
 
