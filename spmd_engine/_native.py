@@ -52,6 +52,7 @@ __all__ = [
     "export_descriptors",
     "has_cuda",
     "open_handle",
+    "prefetch",
     "snapshot",
 ]
 
@@ -165,12 +166,15 @@ def allow_ptrace_by_any() -> bool:
     return bool(_C.allow_ptrace_by_any())
 
 
-def snapshot(modules: list[Any], mapping: dict[str, Any], tensor_type: type, sharded_type: type) -> bytes:
+def snapshot(modules: list[Any], mapping: dict[str, Any], tensor_type: type, sharded_type: type) -> tuple[bytes, bytes]:
     """Everything that modules and a mapping register, and where its tensors are; equal if nothing has changed.
 
     For each module and the mapping: how many entries, each with the hash of its name and its identity; for a tensor
     the address, device, size, strides and dtype of its data, and for one of `sharded_type` (torch's DTensor) also the
     identities of its sharding and of its local part. Values do not matter.
+
+    Returns:
+        That, and the addresses that were visited, for `prefetch`.
 
     Args:
         tensor_type: torch's Tensor, which tells by DLPack's C exchange API (torch 2.10 and later) where one is.
@@ -179,7 +183,13 @@ def snapshot(modules: list[Any], mapping: dict[str, Any], tensor_type: type, sha
     Raises:
         TypeError, AttributeError, BufferError, RuntimeError: something there is no ordinary module or tensor.
     """
-    return bytes(_C.snapshot(modules, mapping, tensor_type, sharded_type))
+    seen, visited = _C.snapshot(modules, mapping, tensor_type, sharded_type)
+    return seen, visited
+
+
+def prefetch(visited: bytes) -> None:
+    """Fetches into the caches what `snapshot` visited, all at once; it does not matter if it is there no more."""
+    _C.prefetch(visited)
 
 
 def has_cuda() -> bool:

@@ -39,12 +39,14 @@ class Probe:
         self._shardings = [tensor._spec for tensor in listed if isinstance(tensor, DTensor)]
         # A tensor that is not registered (made by a hook, say) could change unseen.
         sees_all = registered.issuperset(map(id, listed))
+        self._visited = b""
         self._seen = self._look(source) if sees_all else None
 
     def holds(self, source: object) -> bool:
         """Whether `source` is the one that was seen, with the same tensors at the same addresses, sharded alike."""
         if self._seen is None or (self._source is None and type(source) is not dict):
             return False
+        _native.prefetch(self._visited)
         return self._look(source) == self._seen
 
     def _look(self, source: Any) -> bytes | None:
@@ -54,6 +56,7 @@ class Probe:
             return None
         try:
             mapping = source if self._source is None else {}
-            return _native.snapshot(modules, mapping, torch.Tensor, self._sharded_type)
+            seen, self._visited = _native.snapshot(modules, mapping, torch.Tensor, self._sharded_type)
         except Exception:  # TorchScript's modules have no registries, and some tensors no address
             return None
+        return seen

@@ -1,6 +1,7 @@
 """What `Probe` must notice, on real modules, dicts and DTensors."""
 
 import gc
+import struct
 import weakref
 
 import pytest
@@ -152,6 +153,14 @@ def test_what_cannot_be_looked_at_is_never_recognised():
         _native.snapshot([], {"a": 7}, torch.Tensor, DTensor)
     with pytest.raises(AttributeError, match="__dlpack_c_exchange_api__"):  # torch before 2.10
         _native.snapshot([], {}, int, DTensor)
+
+
+def test_what_was_visited_may_be_gone():
+    seen, visited = _native.snapshot([nn.Linear(2, 2)], {}, torch.Tensor, DTensor)
+    gc.collect()
+    _native.prefetch(visited)
+    _native.prefetch(struct.pack("<4Q", 0, 1, 2**47, 2**64 - 1) + b"odd")
+    assert len(visited) % 8 == 0 and seen != visited
 
 
 def test_nothing_is_kept_alive():
