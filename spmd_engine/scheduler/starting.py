@@ -18,6 +18,7 @@ from spmd_engine.channel import Start
 from spmd_engine.errors import ConfigError, SpmdEngineError
 from spmd_engine.scheduler.adapter import model_of, tensors_of
 from spmd_engine.scheduler.cpu_memory import CpuMemorySaver
+from spmd_engine.scheduler.gloo import share_device
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
     optional = {"tokenizer_worker_ipc_name": None, "decoupled_spec_ipc_config": None}
     ports = PortArgs(**{**names, **{k: v for k, v in optional.items() if k in names}, "nccl_port": start.store_port})
     _check_heads(args, start)
+    share_device()
     store = _serve_store(start)
     try:
         scheduler = RankLocalScheduler(args, ports, **ranks)

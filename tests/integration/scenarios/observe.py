@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from integration.scenarios.common import PROMPTS, greedy
 
 ROUNDING_US = 1.0
+IDLE_S = 2.0
 OF_CALLS = {
     "generate": ["prepare", "wait", "run", "commit"],
     "update_weights": ["describe", "wait", "copy", "commit"],
@@ -77,6 +79,22 @@ def logged(engine: Any, model: torch.nn.Module) -> None:
     assert fields[1]["weight_version"] == stats.weight_version and fields[1]["copy_s"] == stats.copy_s
     assert fields[2]["sleeping"] == ("kv_cache",) and fields[3]["sleeping"] == ()
     assert f"weight version {stats.weight_version}" in records[1].getMessage()
+
+
+def idle(engine: Any) -> None:
+    """A scheduler process that has nothing to do sleeps, but for a thread of gloo that looks 100 times a second."""
+    before = _switches(engine.scheduler_pid)
+    time.sleep(IDLE_S)
+    assert (_switches(engine.scheduler_pid) - before) / IDLE_S < 200
+
+
+def _switches(pid: int) -> int:
+    """How often the threads of a process have gone to sleep so far."""
+    count = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        status = dict(line.split(":", 1) for line in (thread / "status").read_text().splitlines())
+        count += int(status["voluntary_ctxt_switches"])
+    return count
 
 
 def summed(engine: Any) -> None:

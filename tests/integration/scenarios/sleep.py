@@ -77,6 +77,7 @@ def sleep(context: Any, path: str) -> dict[str, Any]:
         observe.traced(engine, sleeper.model, context.directory / f"trace{context.rank}.json")
         observe.logged(engine, sleeper.model)
         observe.summed(engine)
+        observe.idle(engine)
         return measured
 
 
