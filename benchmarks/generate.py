@@ -37,7 +37,14 @@ def parse() -> argparse.Namespace:
         help="64x256,512x512 by default",
     )
     add("--prompt-tokens", type=positive, default=32, help="tokens of each prompt")
-    add("--async", dest="beside", action="store_true", help="also with a request each through async_generate")
+    add(
+        "--async",
+        dest="beside",
+        nargs="?",
+        const="also",
+        choices=("also", "only"),
+        help="also, or only, with a request each through async_generate",
+    )
     add(
         "--waiting-ranks", action="store_true", help="also how the ways in which other trainer ranks wait slow decoding"
     )

@@ -28,6 +28,7 @@ ALONE, ALONE_TOKENS = 8, 32  # requests that run one at a time
 LEAST_KV_TOKENS = 8192
 CPU_PREFILL_TOKENS = 8192
 SETTLE_S = 1.0
+WITH_ASYNC = {None: (False,), "also": (False, True), "only": (True,)}
 WRONG = 3  # exit status: the engines made different tokens
 
 Prompts = list[list[int]]
@@ -168,7 +169,7 @@ def _measure(job: Job) -> dict[str, Any]:
             "waiting": None,
         }
         for requests, tokens in args.cases:
-            for beside in (False, True) if args.beside else (False,):
+            for beside in WITH_ASYNC[args.beside]:
                 result["cases"].append(_case(job, both, requests, tokens, beside))
                 if job.leads:
                     report.print_case(result["cases"][-1])
