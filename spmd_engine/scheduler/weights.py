@@ -94,10 +94,9 @@ class WeightsKeeper:
 
     def foresee(self) -> None:
         """Record how the first weights will load, while there is nothing else to do, if that takes long."""
-        if not self.conversion.is_known_to_fuse:
-            return
         try:
-            self._foresight = Foresight(adapter.model_of(self._scheduler), self.conversion)
+            if self.conversion.is_known_to_fuse:
+                self._foresight = Foresight(adapter.model_of(self._scheduler), self.conversion)
         except Exception as error:  # of whatever kind: the update itself will tell
             logger.info("rank %d: how the first weights will load cannot be foreseen: %s", self._rank, error)
 
