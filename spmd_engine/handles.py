@@ -200,8 +200,8 @@ class Exporter:
         assert self._last is not None
         return (
             self._last.is_cpu == (device is None)
-            and np.array_equal(addresses, self._addresses)
-            and np.array_equal(sizes, self._sizes)
+            and (addresses is self._addresses or np.array_equal(addresses, self._addresses))
+            and (sizes is self._sizes or np.array_equal(sizes, self._sizes))
             # An address alone does not tell: memory may have been freed and allocated again at the same one.
             and (not self._probes or _native.allocation_ids(self._probes) == self._ids)
         )
