@@ -18,6 +18,11 @@ from spmd_engine.requests import FunctionCall, GenerateRequest
 
 # A larger tensor that a module keeps beside its parameters is one that it derives from them.
 _MAX_KEPT_BYTES = 1 << 20
+# Marks of layers, or of their quant_method, whose process_weights_after_loading permutes bfloat16 weights.
+_LAID_OUT_ANEW = {
+    "use_flashinfer_trtllm_moe": "with another moe_runner_backend, 'triton' for example",
+    "w13_swiglu_interleaved": "without SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED in its environment",
+}
 _MOST_BIAS = 1e30  # float32 has it still when it is divided by the lowest temperature
 
 
@@ -147,11 +152,12 @@ def check_kept_as_loaded(model: torch.nn.Module) -> None:
         PlanError: with what to do.
     """
     for name, module in model.named_modules():
-        if getattr(module, "use_flashinfer_trtllm_moe", False):
-            raise PlanError(
-                f"the MoE kernels of flashinfer_trtllm keep the weights of {name} in another order than SGLang loads "
-                "them: start the engine with another moe_runner_backend, 'triton' for example"
-            )
+        for flag, remedy in _LAID_OUT_ANEW.items():
+            if any(getattr(owner, flag, False) for owner in (module, getattr(module, "quant_method", None))):
+                raise PlanError(
+                    f"the kernels of {name} keep its weights in another order than SGLang loads them ({flag}): "
+                    f"start the engine {remedy}"
+                )
 
 
 def refresh_derived(model: torch.nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -221,6 +222,16 @@ def test_a_loader_that_is_not_plain_is_recorded_all_the_same(caplog):
         assert [*loads.fallback] == fallback
         assert [copy.weight for copy in loads.copies] == ["a"][len(fallback) :]
         assert "recorded by every operation of their loader" in caplog.text
+
+
+def test_weights_that_are_permuted_after_loading_are_refused():
+    model = Toy((4, 4), lambda p, n, w: p.data.copy_(w))
+    layout = SourceLayout((Weight("a", (4, 4), "float32"),), ())
+    model.quant_method = SimpleNamespace(w13_swiglu_interleaved=False)
+    assert len(recorded(model, layout, Conversion(None)).copies) == 1
+    model.quant_method.w13_swiglu_interleaved = True  # as SGLang 0.5.23 does on a GPU
+    with pytest.raises(PlanError, match=r"another order.*without SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"):
+        recorded(model, layout, Conversion(None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
