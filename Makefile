@@ -37,16 +37,12 @@ $(DEMO_ENV)/.ready: $(SOURCES) $(wildcard spmd_engine/*.py spmd_engine/*/*.py)
 	$(DEMO_ENV)/bin/$(INSTALL) "sglang==$(SGLANG)" ".[demo]"
 	touch $@
 
-# Test files that run at a time: a job of two ranks keeps little more than one core busy.
-JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
-
 # ARGS: e.g. "--seed 1 --steps 120".
 demo: $(DEMO_ENV)/.ready
 	OMP_NUM_THREADS=1 $(DEMO_ENV)/bin/torchrun --standalone --nproc_per_node 2 examples/grpo.py --out out $(ARGS)
 
 test: $(TEST_ENV)/.ready
-	$(PYTEST) -m "not gpu and not multigpu" --ignore tests/frameworks tests
+	$(BIN)/python -m pytest -m "not gpu and not multigpu" --ignore tests/frameworks tests
 
 VERL ?= 0.9.1
 VERL_ENV := .venv-verl-$(VERL)
@@ -59,7 +55,7 @@ test-verl: $(VERL_ENV)/.ready
 	$(VERL_ENV)/bin/python -m pytest tests/frameworks $(ARGS)
 
 test-integration: $(TEST_ENV)/.ready
-	$(PYTEST) tests/integration $(ARGS)
+	$(BIN)/python -m pytest tests/integration $(ARGS)
 
 docs: $(TEST_ENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from integration.jobs import run_job
 from integration.nodes import Node, two_nodes_or_skip
 
-OTHER_JOBS_S = 120.0
 Save = Callable[..., str]
 Reference = Callable[..., list[Any]]
 
@@ -53,16 +51,9 @@ def nodes() -> Iterator[tuple[Node, Node]]:
 
 
 @pytest.fixture
-def leaves_nothing(tmp_path: Path) -> Iterator[None]:
-    """After the test there is nothing new in /dev/shm, and nothing in the temporary directory of its job.
-
-    What a job that runs beside it has there goes away with that one.
-    """
-    before = set(os.listdir("/dev/shm"))
+def leaves_nothing(tmp_path):
+    """After the test there is nothing new in /dev/shm, and nothing in the temporary directory of its job."""
+    shared = set(os.listdir("/dev/shm"))
     yield
-    left, deadline = set(os.listdir("/dev/shm")) - before, time.monotonic() + OTHER_JOBS_S
-    while left and time.monotonic() < deadline:
-        time.sleep(0.5)
-        left &= set(os.listdir("/dev/shm"))
-    assert left == set()
+    assert set(os.listdir("/dev/shm")) - shared == set()
     assert os.listdir(tmp_path / "tmp") == []
