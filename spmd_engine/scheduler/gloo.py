@@ -16,13 +16,17 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo, default_pg_time
 class _OnOneDevice(ProcessGroupGloo):
     _devices: Any = None  # of the first group
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta = default_pg_timeout) -> None:
+    def __init__(
+        self, store: Store, rank: int, size: int, timeout: timedelta = default_pg_timeout, **others: Any
+    ) -> None:
         if _OnOneDevice._devices is None:
-            super().__init__(store, rank, size, timeout=timeout)
+            super().__init__(store, rank, size, timeout=timeout, **others)
             _OnOneDevice._devices = self.options._devices  # type: ignore[attr-defined]
             return
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices, options._timeout = _OnOneDevice._devices, timeout
+        for name, value in others.items():  # newer versions of torch have more
+            setattr(options, name, value)
         super().__init__(store, rank, size, options)
 
 
