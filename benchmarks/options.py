@@ -26,7 +26,7 @@ def parse(description: str) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the trainer's weights")
     add("--iters", type=positive, default=12, help="measured updates; 1000 makes a soak test")
     add("--warmup", type=positive, default=2, help="updates before them, the planning one included")
-    add("--idle-s", type=float, default=0.0, metavar="SECONDS", help="between the engine's start and the first update")
+    add("--pause-s", type=float, default=0.0, metavar="SECONDS", help="between the engine's start and the first update")
     add("--verify", action="store_true", help="one more update of new values, every element compared")
     add("--baseline", type=_baselines, default=(), metavar="NAME[,NAME]", help=f"also measure {', '.join(BASELINES)}")
     add("--baseline-iters", type=positive, default=5, help="measured updates of each baseline, after others")

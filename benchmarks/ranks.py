@@ -91,7 +91,7 @@ def _measure_engine(job: Job, model: torch.nn.Module) -> tuple[dict[str, Any], d
     began = time.perf_counter()
     with SpmdEngine(job.path, device_mesh_cpu=job.mesh, timeout_s=args.timeout, **job.server_args) as engine:
         started_s = time.perf_counter() - began
-        time.sleep(args.idle_s)
+        time.sleep(args.pause_s)
         pids = [os.getpid(), engine.scheduler_pid]
         processes = {"trainer": pids[0], "scheduler": pids[1]}
         decoded = None if args.decode is None else [_decode_rate(job, engine)]

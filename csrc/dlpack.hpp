@@ -20,6 +20,7 @@ struct Tensor {
   const int64_t* strides;
   uint64_t byte_offset;
 };
+static_assert(sizeof(Tensor) == 48, "DLTensor of a 64-bit platform");
 
 struct ExchangeApi {
   uint32_t major, minor;

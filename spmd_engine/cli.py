@@ -89,7 +89,8 @@ def _plan(options: argparse.Namespace) -> int:
     speeds = LinkSpeeds(*(rate * 1e9 for rate in rates))
     report = plan_on_paper(options.model, cluster, speeds=speeds, server_args=options.server_args)
     if options.json:
-        options.json.write_text(json.dumps({"model": options.model, **vars(cluster), **report.to_dict()}, indent=1))
+        asked = {"model": options.model, "server_args": options.server_args, **vars(cluster)}
+        options.json.write_text(json.dumps({**asked, **report.to_dict()}, indent=1))
     if options.heat_map:
         report.save_heat_map(options.heat_map)
     trainer = f"FSDP {cluster.fsdp}" + (f" × {cluster.replicate} (HSDP)" if cluster.replicate > 1 else "")

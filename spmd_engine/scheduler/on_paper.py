@@ -24,7 +24,7 @@ from spmd_engine.errors import ConfigError, ErrorReport, SpmdEngineError
 from spmd_engine.layout import SourceLayout, Weight
 from spmd_engine.scheduler import starting
 from spmd_engine.scheduler.conversion import Conversion, Described
-from spmd_engine.scheduler.loading import check_all_used
+from spmd_engine.scheduler.loading import check_all_used, recorded
 from spmd_engine.scheduler.recorder import all_tensors
 from spmd_engine.scheduler.survey import wants_and_fallback
 from spmd_engine.wants import to_plain
@@ -102,9 +102,8 @@ def _record_rank(rank: int) -> dict[str, Any]:
         given = [weight for weight in weights if like.get(_stem(weight[0]), "") in ("", _stem(weight[0]))]
         left_out = {stem for stem, first in like.items() if stem != first}
         layout = SourceLayout(tuple(_weight(weight) for weight in given), ())
-        wants, fallback, used = wants_and_fallback(
-            model, layout, conversion, covers=lambda parameter: _stem(parameter) not in left_out
-        )
+        loads = recorded(model, layout, conversion, covers=lambda parameter: _stem(parameter) not in left_out)
+        wants, fallback, used = wants_and_fallback(loads, layout)
         return {
             "wants": to_plain(wants),
             "fallback": fallback,

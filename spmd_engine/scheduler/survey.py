@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from spmd_engine.agreement import Exchange, attempt, raise_first
 from spmd_engine.channel import Start
 from spmd_engine.digest import digest
 from spmd_engine.layout import ITEM_SIZE, SourceLayout
-from spmd_engine.scheduler.conversion import Conversion
-from spmd_engine.scheduler.loading import check_all_used, recorded
+from spmd_engine.scheduler.loading import Loads, check_all_used, recorded
 from spmd_engine.scheduler.weights import WeightsKeeper
 from spmd_engine.wants import Want, to_plain, wants_of
 
@@ -41,7 +39,9 @@ def survey(
     ranks, (layout, optional) = tuple(payload["ranks"]), payload["layout"]
     made: list[tuple[dict[str, Want], dict[str, str], dict[str, tuple[int, int]]]] = []
     error = attempt(
-        lambda: made.append(wants_and_fallback(model, layout, weights.conversion)),
+        lambda: made.append(
+            wants_and_fallback(weights.foreseen(layout) or recorded(model, layout, weights.conversion), layout)
+        ),
         rank=start.rank,
         device=weights.device,
     )
@@ -70,21 +70,14 @@ def survey(
 
 
 def wants_and_fallback(
-    model: torch.nn.Module,
-    layout: SourceLayout,
-    conversion: Conversion,
-    covers: Callable[[str], bool] = lambda parameter: True,
+    loads: Loads, layout: SourceLayout
 ) -> tuple[dict[str, Want], dict[str, str], dict[str, tuple[int, int]]]:
     """What this rank would read of each weight, which weights it would read whole for the model's own loader and why,
     and the first and last element of each that it reads.
 
     Args:
-        covers: which parameters must be filled.
-
-    Raises:
-        PlanError: a parameter that no weight of the source reaches, or only in part.
+        loads: how the weights of `layout` load.
     """
-    loads = recorded(model, layout, conversion, covers)
     by_name = {weight.name: weight for weight in layout.weights}
     wants = wants_of(loads.copies, {name: weight.shape for name, weight in by_name.items()})
     used = coverage.reach(loads.copies)

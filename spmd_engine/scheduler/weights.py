@@ -25,7 +25,7 @@ from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan, numbered
 from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
-from spmd_engine.scheduler.loading import Foresight, check_all_used, recorded, write_constants
+from spmd_engine.scheduler.loading import Foresight, Loads, check_all_used, recorded, write_constants
 from spmd_engine.scheduler.recorder import DTYPES
 from spmd_engine.scheduler.staging import Staging
 from spmd_engine.staged import StagedTransfer
@@ -99,6 +99,10 @@ class WeightsKeeper:
                 self._foresight = Foresight(adapter.model_of(self._scheduler), self.conversion)
         except Exception as error:  # of whatever kind: the update itself will tell
             logger.info("rank %d: how the first weights will load cannot be foreseen: %s", self._rank, error)
+
+    def foreseen(self, layout: SourceLayout) -> Loads | None:
+        """How the weights of a layout load, if that is known before any update."""
+        return self._foresight.loads(adapter.model_of(self._scheduler), layout) if self._foresight else None
 
     def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:
         """Take the file descriptors of this rank's memory from the trainer, and offer them until `withdraw`."""
@@ -316,8 +320,8 @@ class WeightsKeeper:
         layout, _ = self._layouts[key]
         model = adapter.model_of(self._scheduler)
         staged = transfer.unreachable(memories, nodes, self._rank, self.device)
-        foresight, self._foresight = self._foresight, None
-        loads = None if foresight is None else foresight.loads(model, layout)
+        loads = self.foreseen(layout)
+        self._foresight = None  # the plan has it all
         planning = began = time.monotonic()
         if loads is None:
             loads = recorded(model, layout, self.conversion)
