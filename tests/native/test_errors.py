@@ -93,12 +93,14 @@ def test_a_source_that_is_gone(threads: int) -> None:
     child = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
     child.wait()
     buffer = np.zeros(256, np.uint8)
-    with pytest.raises(_native.SourceGoneError, match=f"block 0: reading 32 bytes .* of process {child.pid}") as caught:
+    with pytest.raises(_native.SourceGoneError, match=f"reading 32 bytes .* of process {child.pid}") as caught:
         copy_cpu(one_block(buffer), pids=[child.pid], threads=threads)
     error = caught.value
+    assert error.block in range(min(threads, 2))  # of several threads, the first to fail
+    assert str(error).startswith(f"block {error.block}: ")
     assert isinstance(error, _native.SourceError) and isinstance(error, _native.NativeError)
     assert (error.pid, error.address, error.bytes) == (child.pid, buffer.ctypes.data, 32)
-    assert (error.errno, error.block) == (errno.ESRCH, 0)
+    assert error.errno == errno.ESRCH
 
 
 @pytest.mark.parametrize("call", [copy_cpu, compare_cpu])
