@@ -99,7 +99,10 @@ class Caller:
         with contextlib.ExitStack() as stack:
             overlapped = stack.enter_context(self._counted()) > 1
             if not self._lock.acquire(timeout=self.timeout_s):
-                raise CollectiveTimeoutError(f"rank {self._rank}: another call ran for over {self.timeout_s:.0f} s")
+                raise CollectiveTimeoutError(
+                    f"rank {self._rank}: {kind} has not begun, since another thread's call of this engine has run for "
+                    f"over {self.timeout_s:.0f} s: call the engine from one thread at a time, or raise timeout_s"
+                )
             stack.callback(self._lock.release)
             self.check_alive()
             stack.enter_context(tracing.span(kind))

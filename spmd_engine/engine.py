@@ -75,7 +75,7 @@ class SpmdEngine(LeaderCalls):
         **server_args: Any,
     ) -> None:
         self._ranks, self.tp_rank = mesh_ranks(device_mesh_cpu)
-        self._model_path, self._server_args = os.fspath(model_path), server_args
+        self._model_path, self._server_args = os.path.expanduser(os.fspath(model_path)), server_args
         self._timeout_s, self._log_dir, self._keeps_mapped = timeout_s, log_dir, bool(keep_mapped)
         self._stats = EngineStats()
         self._device: int | None = None  # another thread may have another current device when it restarts the engine

@@ -22,7 +22,10 @@ class CollectiveMismatchError(SpmdEngineError):
 
 
 class CollectiveTimeoutError(SpmdEngineError):
-    """A rank did not reach the call, or the call did not finish, within `timeout_s`. The engine is closed."""
+    """A rank did not reach the call, or the call did not finish, within `timeout_s`.
+
+    The engine is closed, unless this call had not begun: then another thread's call of this rank goes on.
+    """
 
 
 class EngineBusyError(SpmdEngineError):

@@ -41,7 +41,7 @@ class LinkSpeeds:
         network: of one node, in each direction (nominal: 8 adapters of 400 Gbit/s).
     """
 
-    hbm: float = 2143e9
+    hbm: float = 2130e9
     nvlink: float = 397e9
     host: float = 63e9
     network: float = 400e9

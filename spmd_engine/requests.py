@@ -176,25 +176,27 @@ def build_requests(
         InvalidRequestError: with what to do.
     """
     if unknown:
-        why = "images, video and audio are not supported" if any(name.endswith("_data") for name in unknown) else ""
-        raise InvalidRequestError(
-            f"unknown arguments {', '.join(sorted(unknown))}: "
-            + (why or f"beside prompt and sampling_params there are {', '.join(GenerateOptions.__annotations__)}")
-        )
+        known = ("sampling_params", *GenerateOptions.__annotations__, "return_text_in_logprobs")
+        why = f"of sglang.Engine.generate's arguments there are prompt, {', '.join(known)}"
+        if any(name.endswith("_data") for name in unknown):
+            why = "images, video and audio are not supported"
+        elif "stream" in unknown:
+            why = "generate returns whole outputs; async_generate(..., stream=True) streams"
+        raise InvalidRequestError(f"unknown arguments {', '.join(sorted(unknown))}: {why}")
     ids, texts, single = _tokens(prompt, input_ids, tokenizer)
     count = len(ids)
-    params = _per_prompt(sampling_params if sampling_params is not None else {}, count, "sampling_params", Mapping)
+    params = _per_prompt(sampling_params if sampling_params is not None else {}, count, "sampling_params", Mapping, "a dict")
     plain = [{str(name): _plain(value, str(name)) for name, value in p.items()} for p in params]
     counts = [_sample_count(p) for p in plain]
     if len(set(counts)) > 1:
         raise InvalidRequestError(f"all prompts of one call need the same n, got {sorted(set(counts))}")
-    wanted = _per_prompt(return_logprob, count, "return_logprob", bool)
-    starts = _per_prompt(-1 if logprob_start_len is None else logprob_start_len, count, "logprob_start_len", int)
-    tops = _per_prompt(0 if top_logprobs_num is None else top_logprobs_num, count, "top_logprobs_num", int)
+    wanted = _per_prompt(return_logprob, count, "return_logprob", bool, "a bool")
+    starts = _per_prompt(-1 if logprob_start_len is None else logprob_start_len, count, "logprob_start_len", int, "an int")
+    tops = _per_prompt(0 if top_logprobs_num is None else top_logprobs_num, count, "top_logprobs_num", int, "an int")
     same: Any = token_ids_logprob
     if isinstance(same, (list, tuple)) and same and isinstance(same[0], int):
         same = [same] * count
-    tokens = _per_prompt(same, count, "token_ids_logprob", (list, tuple, type(None)))
+    tokens = _per_prompt(same, count, "token_ids_logprob", (list, tuple, type(None)), "a list of ints or None")
     if not all(isinstance(token, int) for wanted_tokens in tokens for token in wanted_tokens or ()):
         raise InvalidRequestError(f"token_ids_logprob must hold integers, got {token_ids_logprob!r}")
     requests = [
@@ -254,7 +256,7 @@ def _tokens(prompt: Any, input_ids: Any, tokenizer: Any) -> tuple[list[array[int
     return arrays, [None] * len(arrays), single
 
 
-def _per_prompt(value: Any, count: int, name: str, kind: Any) -> list[Any]:
+def _per_prompt(value: Any, count: int, name: str, kind: Any, kind_name: str) -> list[Any]:
     """`value` for every prompt: as it is if it has one entry a prompt, else repeated."""
     many = isinstance(value, (list, tuple))
     values = list(value) if many else [value] * count
@@ -262,7 +264,7 @@ def _per_prompt(value: Any, count: int, name: str, kind: Any) -> list[Any]:
         raise InvalidRequestError(f"{name} has {len(values)} entries for {count} prompts")
     for item in values:
         if not isinstance(item, kind):
-            raise InvalidRequestError(f"{name}: got {item!r} of type {type(item).__name__}")
+            raise InvalidRequestError(f"{name} must be {kind_name} for each prompt, got {item!r}")
     return values
 
 

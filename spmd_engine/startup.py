@@ -162,7 +162,7 @@ class Startup:
 
     def _check(self) -> None:
         """Check the arguments and fill in what follows from the mesh and the model's directory."""
-        looks_local = self._model_path.startswith((".", "/", "~")) or self._model_path.count("/") > 1
+        looks_local = self._model_path.startswith((".", "/")) or self._model_path.count("/") > 1
         if looks_local and not os.path.exists(self._model_path):
             raise ConfigError(f"model path {self._model_path!r} does not exist on this host")
         if not _is_timeout(self._given_timeout):
