@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import report
 import torch
 import torch.distributed as dist
+from job import Job, joined
 from machine import PeakMemory, device_used_bytes, header
-from torch.distributed.device_mesh import init_device_mesh
 from trainers import make_trainer, renew
 
 from spmd_engine import SpmdEngine
-from spmd_engine.shapes import model_directory
 
 MIB = 1 << 20
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 100, 200], list(range(20, 60))]
@@ -32,42 +27,31 @@ CHANGED = 3  # exit status: other tokens after a wake
 
 def run_rank(args: argparse.Namespace) -> int:
     """The whole benchmark on this rank; rank 0 prints and writes. Returns the exit status."""
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=args.timeout))
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    with tempfile.TemporaryDirectory(prefix="sleep-wake-") as own:
-        shared = [own]
-        dist.broadcast_object_list(shared, src=0)
-        if dist.get_rank() == 0:
-            model_directory(args.model, Path(shared[0]))
-        dist.barrier()
-        path = model_directory(args.model, Path(shared[0]))
-        found = _measure(args, path, device)
-        dist.barrier()
-    result = {"header": header(device, model=args.model, tp=args.tp, cycles=args.cycles, pause_s=args.pause_s), **found}
-    if dist.get_rank() == 0:
-        _print(result)
-        if args.json is not None:
-            args.json.write_text(json.dumps(result, indent=1))
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(args, name="sleep-wake", server_args=args.server_args) as job:
+        found = _measure(job)
+        facts = {name: getattr(args, name) for name in ("model", "tp", "cycles", "pause_s")}
+        result = {"header": header(job.device, **facts), **found}
+        if job.leads:
+            _print(result)
+            if args.json is not None:
+                args.json.write_text(json.dumps(result, indent=1))
     return CHANGED if found["changed"] else 0
 
 
-def _measure(args: argparse.Namespace, path: Path, device: torch.device) -> dict[str, Any]:
-    on_gpu = device.type == "cuda"
-    model = make_trainer(path, "fsdp2", dtype=torch.bfloat16, device=device)
+def _measure(job: Job) -> dict[str, Any]:
+    args, device = job.args, job.device
+    model = make_trainer(job.path, "fsdp2", dtype=torch.bfloat16, device=device)
     renew(model, seed=2)
     alone = _used(device)
-    mesh = init_device_mesh("cpu", (args.tp,))
-    given = {"load_format": "dummy", "enable_memory_saver": on_gpu, "skip_tokenizer_init": True, **args.server_args}
-    with SpmdEngine(path, device_mesh_cpu=mesh, timeout_s=args.timeout, **given) as engine:
+    given: dict[str, Any] = {"load_format": "dummy", "enable_memory_saver": job.on_gpu, "skip_tokenizer_init": True}
+    if job.on_gpu:
+        given["disable_prefill_cuda_graph"] = True  # these graphs cannot be released
+    given.update(job.server_args)
+    with SpmdEngine(job.path, device_mesh_cpu=job.mesh, timeout_s=args.timeout, **given) as engine:
         engine.update_weights(model)
         expected = _tokens(engine)
         awake = _used(device)
-        if not on_gpu:
+        if not job.on_gpu:
             return {"phases_s": {}, "changed": int(_tokens(engine) != expected)}
         rows, levels, changed = [], [], 0
         for cycle in range(WARMUP + args.cycles):
@@ -80,10 +64,8 @@ def _measure(args: argparse.Namespace, path: Path, device: torch.device) -> dict
         for name, first, then in (("staged", WEIGHTS, REST), ("at once", WEIGHTS + REST, [])):
             peaks[name] = _peak_of_wake(engine, model, device, first, then)
             changed += _tokens(engine) != expected
-    of_ranks: list[Any] = [None] * args.tp
-    dist.all_gather_object(of_ranks, rows[WARMUP:])
     return {
-        "phases_s": report.slowest(of_ranks),
+        "phases_s": report.slowest(job.gather(rows[WARMUP:])),
         "engine_bytes": {"awake": awake - alone, "asleep": levels[-1][0] - alone},
         "change_bytes": {name: levels[-1][i] - levels[WARMUP][i] for i, name in enumerate(("asleep", "awake"))},
         "peak_bytes": peaks,

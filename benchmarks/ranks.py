@@ -125,7 +125,7 @@ def _measure_engine(job: Job, model: torch.nn.Module) -> tuple[dict[str, Any], d
         "local_bytes": stats.local_bytes,
         "peer_bytes": stats.remote_bytes,
         "staged_bytes": stats.staged_bytes,
-        "network_bytes": 0,  # the ranks were started on one host, by this benchmark
+        "network_bytes": stats.network_bytes,
         "block_copies": stats.block_copies,
         "fallback_weights": len(stats.fallback_weights),
         "wrong_elements": wrong,
@@ -150,17 +150,18 @@ def _rows(names: list[str], seconds: array[float]) -> list[dict[str, float]]:
 
 
 def _summary(job: Job, ranks: list[dict[str, Any]], ceilings: dict[str, float | None]) -> dict[str, Any]:
-    """What all ranks measured, in one: the slowest, the largest, the sum, as it fits."""
+    """What all ranks measured, in one: the slowest, the largest, the sum, as it fits; bytes of the rank with the highest
+    floor."""
     args = job.args
     engine_dtype = DTYPES.get(str(args.server_args.get("dtype", "bfloat16")), torch.bfloat16)
     ratio = engine_dtype.itemsize / DTYPES[args.dtype].itemsize
-    most = max(ranks, key=lambda rank: rank["local_bytes"] + rank["peer_bytes"] + rank["staged_bytes"])
     floors = [
         floor_s(
             rank["local_bytes"], rank["peer_bytes"], rank["staged_bytes"], written_per_read=ratio, ceilings=ceilings
         )
         for rank in ranks
     ]
+    bound = ranks[floors.index(max(floors))]
     wrong = [rank["wrong_elements"] for rank in ranks]
     decode = None
     if args.decode is not None:
@@ -169,9 +170,9 @@ def _summary(job: Job, ranks: list[dict[str, Any]], ceilings: dict[str, float | 
         decode = {"sequences": sequences, "tokens": tokens, "before_tokens_s": before, "after_tokens_s": after}
     return {
         "phases_s": report.slowest([rank["rows_s"] for rank in ranks]),
-        "first_s": {name: max(rank["first_s"][name] for rank in ranks) for name in most["first_s"]},
-        **{name: most[name] for name in ("local_bytes", "peer_bytes", "staged_bytes", "network_bytes", "block_copies")},
-        "fallback_weights": most["fallback_weights"],
+        "first_s": {name: max(rank["first_s"][name] for rank in ranks) for name in bound["first_s"]},
+        **{name: bound[name] for name in ("local_bytes", "peer_bytes", "staged_bytes", "network_bytes", "block_copies")},
+        "fallback_weights": bound["fallback_weights"],
         "floor_s": max(floors),
         "wrong_elements": None if None in wrong else sum(wrong),
         "memory": _largest([rank["memory"] for rank in ranks]),

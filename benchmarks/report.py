@@ -34,9 +34,9 @@ def print_engine(result: dict[str, Any]) -> None:
     print(line + (f", from the CPU {ceilings['host']:.1f} GB/s" if ceilings["host"] else ""))
     moved = ours["local_bytes"] + ours["peer_bytes"] + ours["staged_bytes"]
     print(
-        f"bytes of the rank with the most: {moved / 1e9:.3f} GB = own shard {ours['local_bytes'] / 1e9:.3f} + "
+        f"bytes of the rank with the highest floor: {moved / 1e9:.3f} GB = own shard {ours['local_bytes'] / 1e9:.3f} + "
         f"{_link(result)} {ours['peer_bytes'] / 1e9:.3f} + "
-        f"through buckets {ours['staged_bytes'] / 1e9:.3f} + network {ours['network_bytes'] / 1e9:.0f} (one host); "
+        f"through buckets {ours['staged_bytes'] / 1e9:.3f} + network {ours['network_bytes'] / 1e9:.3f}; "
         f"{ours['block_copies']} block copies, {ours['fallback_weights']} fallback weights"
     )
     print("first update, ms: " + ", ".join(f"{name} {value * 1e3:.1f}" for name, value in ours["first_s"].items()))

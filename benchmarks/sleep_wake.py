@@ -19,6 +19,8 @@ from options import positive
 
 from spmd_engine.shapes import SHAPES
 
+ENVIRONMENT = {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "1"}  # else CUDA graphs keep their memory
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -31,13 +33,14 @@ def parse() -> argparse.Namespace:
     add("--server-args", type=json.loads, default={}, help="more arguments of the engine, as JSON")
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
     add("--timeout", type=float, default=1800.0, metavar="SECONDS", help="end the ranks after this time")
+    parser.set_defaults(dp=1)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
     if not launched():
-        sys.exit(launch("sleep_wake", world=args.tp, timeout_s=args.timeout, environment={}))
+        sys.exit(launch("sleep_wake", world=args.tp, timeout_s=args.timeout, environment=ENVIRONMENT))
     from cycles import run_rank
 
     sys.exit(run_rank(args))

@@ -185,13 +185,17 @@ def build_requests(
         raise InvalidRequestError(f"unknown arguments {', '.join(sorted(unknown))}: {why}")
     ids, texts, single = _tokens(prompt, input_ids, tokenizer)
     count = len(ids)
-    params = _per_prompt(sampling_params if sampling_params is not None else {}, count, "sampling_params", Mapping, "a dict")
+    params = _per_prompt(
+        sampling_params if sampling_params is not None else {}, count, "sampling_params", Mapping, "a dict"
+    )
     plain = [{str(name): _plain(value, str(name)) for name, value in p.items()} for p in params]
     counts = [_sample_count(p) for p in plain]
     if len(set(counts)) > 1:
         raise InvalidRequestError(f"all prompts of one call need the same n, got {sorted(set(counts))}")
     wanted = _per_prompt(return_logprob, count, "return_logprob", bool, "a bool")
-    starts = _per_prompt(-1 if logprob_start_len is None else logprob_start_len, count, "logprob_start_len", int, "an int")
+    starts = _per_prompt(
+        -1 if logprob_start_len is None else logprob_start_len, count, "logprob_start_len", int, "an int"
+    )
     tops = _per_prompt(0 if top_logprobs_num is None else top_logprobs_num, count, "top_logprobs_num", int, "an int")
     same: Any = token_ids_logprob
     if isinstance(same, (list, tuple)) and same and isinstance(same[0], int):

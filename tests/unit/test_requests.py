@@ -73,7 +73,10 @@ def test_settings_for_each_prompt():
         ({"input_ids": [[1], []]}, r"input_ids\[1\] is empty"),
         ({"input_ids": [[1], [2]], "sampling_params": [{"n": 1}, {"n": 2}]}, "need the same n"),
         ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "1 entries for 2 prompts"),
-        ({"input_ids": [1], "sampling_params": "greedy"}, "sampling_params must be a dict for each prompt, got 'greedy'"),
+        (
+            {"input_ids": [1], "sampling_params": "greedy"},
+            "sampling_params must be a dict for each prompt, got 'greedy'",
+        ),
         ({"input_ids": [1], "sampling_params": {"n": 0}}, "at least 1, got 0"),
         ({"input_ids": [1], "return_logprob": "yes"}, "return_logprob must be a bool for each prompt, got 'yes'"),
     ],
@@ -175,7 +178,10 @@ def test_streamed_text_keeps_back_what_may_become_a_stop_string():
     [
         ({"prompt": None, "input_ids": [1 << 70]}, "must hold integers"),
         ({"prompt": 5, "tokenizer": str}, "must be a string or a list"),
-        ({"prompt": None, "input_ids": [1], "token_ids_logprob": 5}, "token_ids_logprob must be a list of ints or None for each prompt, got 5"),
+        (
+            {"prompt": None, "input_ids": [1], "token_ids_logprob": 5},
+            "must be a list of ints or None for each prompt, got 5",
+        ),
         ({"prompt": None, "input_ids": [1], "token_ids_logprob": [["a"]]}, "token_ids_logprob must hold integers"),
         ({"prompt": None, "input_ids": [1], "token_ids_logprob": [3, None]}, "token_ids_logprob"),
         ({"input_ids": [1], "sampling_params": {"custom_params": {"f": len}}}, "custom_params must be of plain values"),

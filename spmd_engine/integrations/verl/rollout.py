@@ -280,7 +280,7 @@ def _check(config: Any, model_config: Any, device_mesh: Any) -> None:
 def _server_args(config: Any, model_config: Any) -> dict[str, Any]:
     """SGLang's arguments for a rollout configuration of verl."""
     given = (config.engine_kwargs or {}).get("spmd") or {}
-    args = {
+    args: dict[str, Any] = {
         "dtype": config.dtype,
         "mem_fraction_static": config.gpu_memory_utilization,
         "load_format": config.load_format,
@@ -294,4 +294,4 @@ def _server_args(config: Any, model_config: Any) -> dict[str, Any]:
         args["disable_cuda_graph"] = True
     if config.expert_parallel_size > 1:
         args["ep_size"] = config.expert_parallel_size
-    return {**args, **given}
+    return {**args, **{str(name): value for name, value in given.items() if value is not None}}

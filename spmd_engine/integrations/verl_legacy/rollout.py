@@ -104,17 +104,16 @@ class SGLangRollout(BaseRollout):
         self._mesh = device_mesh["tp"]
         self.sampling_params = _sampling_params(config)
         load_format = str(config.get("load_format", "auto"))
-        self._engine = SpmdEngine(
-            actor_module,
-            device_mesh_cpu=self._mesh,
-            dtype=config.dtype,
-            mem_fraction_static=config.gpu_memory_utilization,
+        server_args = {
+            "dtype": config.dtype,
+            "mem_fraction_static": config.gpu_memory_utilization,
             # verl's dummy_dtensor and dummy_hf: the weights come with the first update.
-            load_format="dummy" if load_format.startswith("dummy") else load_format,
-            enable_memory_saver=True,
-            trust_remote_code=trust_remote_code,
+            "load_format": "dummy" if load_format.startswith("dummy") else load_format,
+            "enable_memory_saver": True,
+            "trust_remote_code": trust_remote_code,
             **_engine_kwargs(config),
-        )
+        }
+        self._engine = SpmdEngine(actor_module, device_mesh_cpu=self._mesh, **server_args)
         if config.free_cache_engine:
             self._engine.release_memory_occupation()  # the trainer comes first
 
