@@ -15,9 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stock import CPU_ARGS
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spmd_engine.shapes import model_directory
+
+LEAST_KV_TOKENS = 8192
+CPU_PREFILL_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,18 @@ class Job:
         """The processes whose memory this rank samples on the CPU: all for rank 0, since they share one memory."""
         every = [pid for of_rank in self.gather(pids) for pid in of_rank]
         return every if self.leads else []
+
+
+def args_of_both_engines(kv_tokens: int) -> dict[str, Any]:
+    """Server arguments with which both engines have a KV cache of the same size, for at least so many tokens."""
+    made: dict[str, Any] = {
+        "max_total_tokens": max(LEAST_KV_TOKENS, kv_tokens * 21 // 20),
+        "random_seed": 1,
+        "skip_tokenizer_init": True,
+    }
+    if not torch.cuda.is_available():
+        made.update(CPU_ARGS, chunked_prefill_size=CPU_PREFILL_TOKENS)
+    return made
 
 
 @contextlib.contextmanager

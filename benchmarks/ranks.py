@@ -150,8 +150,7 @@ def _rows(names: list[str], seconds: array[float]) -> list[dict[str, float]]:
 
 
 def _summary(job: Job, ranks: list[dict[str, Any]], ceilings: dict[str, float | None]) -> dict[str, Any]:
-    """What all ranks measured, in one: the slowest, the largest, the sum, as it fits; bytes of the rank with the highest
-    floor."""
+    """What all ranks measured, in one: the slowest, the largest, the sum, as it fits. Bytes are those of the floor."""
     args = job.args
     engine_dtype = DTYPES.get(str(args.server_args.get("dtype", "bfloat16")), torch.bfloat16)
     ratio = engine_dtype.itemsize / DTYPES[args.dtype].itemsize
@@ -171,8 +170,8 @@ def _summary(job: Job, ranks: list[dict[str, Any]], ceilings: dict[str, float | 
     return {
         "phases_s": report.slowest([rank["rows_s"] for rank in ranks]),
         "first_s": {name: max(rank["first_s"][name] for rank in ranks) for name in bound["first_s"]},
-        **{name: bound[name] for name in ("local_bytes", "peer_bytes", "staged_bytes", "network_bytes", "block_copies")},
-        "fallback_weights": bound["fallback_weights"],
+        **{name: bound[name] for name in ("local_bytes", "peer_bytes", "staged_bytes", "network_bytes")},
+        **{name: bound[name] for name in ("block_copies", "fallback_weights")},
         "floor_s": max(floors),
         "wrong_elements": None if None in wrong else sum(wrong),
         "memory": _largest([rank["memory"] for rank in ranks]),

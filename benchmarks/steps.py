@@ -17,10 +17,9 @@ import step_report
 import torch
 import torch.distributed as dist
 from baselines import BaselineError, StockReplica
-from job import Job, joined
+from job import Job, args_of_both_engines, joined
 from machine import PeakMemory, header
 from step_report import OURS, STEP, THEIRS
-from stock import CPU_ARGS
 from trainers import make_trainer, renew
 
 from spmd_engine import SpmdEngine
@@ -30,8 +29,6 @@ WARMUP = 2
 WEIGHTS_SEED = 2
 LEARNING_RATE = 1e-3  # bfloat16 would round much smaller steps away
 BUCKET_BYTES = 512 << 20  # verl's default
-LEAST_KV_TOKENS = 8192
-CPU_PREFILL_TOKENS = 8192
 WRONG = 3  # exit status: weights differ
 
 Tokens = list[list[int]]
@@ -46,19 +43,11 @@ def run_rank(args: argparse.Namespace) -> int:
 
 
 def _server_args(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of both engines: the KV cache holds a rollout, and is equally large in both."""
+    """Arguments of both engines: the KV cache holds a rollout."""
     sequences, tokens = args.rollout
-    needed = sequences * (args.prompt_tokens + tokens)
-    made: dict[str, Any] = {
-        "load_format": "dummy",
-        "max_total_tokens": max(LEAST_KV_TOKENS, needed * 21 // 20),
-        "random_seed": 1,
-        "skip_tokenizer_init": True,
-    }
+    made = {"load_format": "dummy", **args_of_both_engines(sequences * (args.prompt_tokens + tokens))}
     if torch.cuda.is_available():
         made["disable_prefill_cuda_graph"] = True  # these graphs cannot be released
-    else:
-        made.update(CPU_ARGS, chunked_prefill_size=CPU_PREFILL_TOKENS)
     return {**made, **args.server_args}
 
 

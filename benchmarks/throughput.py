@@ -17,16 +17,14 @@ from typing import Any
 import throughput_report as report
 import torch
 import torch.distributed as dist
-from job import Job, joined
+from job import Job, args_of_both_engines, joined
 from machine import header
 from processes import busy_shares, cpu_s, held_by
-from stock import CPU_ARGS, StockEngine
+from stock import StockEngine
 
 from spmd_engine import SpmdEngine
 
 ALONE, ALONE_TOKENS = 8, 32  # requests that run one at a time
-LEAST_KV_TOKENS = 8192
-CPU_PREFILL_TOKENS = 8192
 SETTLE_S = 1.0
 WITH_ASYNC = {None: (False,), "also": (False, True), "only": (True,)}
 WRONG = 3  # exit status: the engines made different tokens
@@ -43,17 +41,11 @@ def run_rank(args: argparse.Namespace) -> int:
 
 
 def _server_args(job: Job) -> dict[str, Any]:
-    """Arguments of both engines: the KV cache holds the largest case, and is equally large in both."""
+    """Arguments of both engines: the KV cache holds the largest case."""
     needed = max(requests * (job.args.prompt_tokens + tokens) for requests, tokens in job.args.cases)
-    made: dict[str, Any] = {
-        "max_total_tokens": max(LEAST_KV_TOKENS, needed * 21 // 20),
-        "random_seed": 1,
-        "skip_tokenizer_init": True,
-    }
+    made = args_of_both_engines(needed)
     if not any(job.path.glob("*.safetensors")):
         made["load_format"] = "dummy"
-    if not job.on_gpu:
-        made.update(CPU_ARGS, chunked_prefill_size=CPU_PREFILL_TOKENS)
     return {**made, **job.server_args}
 
 
