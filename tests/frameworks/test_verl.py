@@ -38,7 +38,6 @@ COMMAND = [
     "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.rollout.tensor_model_parallel_size=2",
-    "actor_rollout_ref.rollout.dtype=float32",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=32",
     "trainer.nnodes=2",
     "trainer.n_gpus_per_node=1",
@@ -50,6 +49,9 @@ ON_CPU = [
     "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     "+actor_rollout_ref.rollout.engine_kwargs.spmd.max_total_tokens=4096",
     "+actor_rollout_ref.rollout.engine_kwargs.spmd.random_seed=1",
+    # Over verl's own bfloat16, which its check of log-probabilities would notice; and what is null is left to verl.
+    "+actor_rollout_ref.rollout.engine_kwargs.spmd.dtype=float32",
+    "+actor_rollout_ref.rollout.engine_kwargs.spmd.max_running_requests=null",
 ]
 
 

@@ -40,7 +40,6 @@ COMMAND = [
     "actor_rollout_ref.rollout.free_cache_engine=True",
     "actor_rollout_ref.rollout.multi_stage_wake_up=True",
     "actor_rollout_ref.rollout.calculate_log_probs=True",
-    "actor_rollout_ref.rollout.dtype=float32",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
 ]
 # For transformers 5, of which verl cannot tell the layers by itself; and for a CPU: no flash attention, and a KV cache
@@ -50,6 +49,8 @@ ON_CPU = [
     "+actor_rollout_ref.model.override_config._attn_implementation=sdpa",
     "+actor_rollout_ref.rollout.engine_kwargs.sglang.max_total_tokens=4096",
     "+actor_rollout_ref.rollout.engine_kwargs.sglang.random_seed=1",
+    # Over verl's own bfloat16, which its check of log-probabilities would notice.
+    "+actor_rollout_ref.rollout.engine_kwargs.sglang.dtype=float32",
 ]
 
 
