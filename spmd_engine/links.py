@@ -153,14 +153,14 @@ class Links:
     Args:
         rank: this process's global rank.
         address: where the hub listens; its `ranks` are the members.
-        timeout_s: how long to wait until all have joined.
+        timeout_s: how long to wait until all have joined, and later until a member reads.
 
     Raises:
         LinkTimeout, PeerGone: a member did not join.
     """
 
     def __init__(self, rank: int, address: LinkAddress, *, timeout_s: float) -> None:
-        self.rank = rank
+        self.rank, self._timeout_s = rank, timeout_s
         self.ranks = address.ranks
         self.hub = address.ranks[0]
         self.data: dict[int, socket.socket] = {}
@@ -253,7 +253,7 @@ class Links:
             return [(header, blob)]
         deadline = time.monotonic() + timeout_s
         if self.rank != self.hub:
-            self._send(self.hub, frame({"after": self._told, "header": header}, blob))
+            self._send(self.hub, frame({"after": self._told, "header": header}, blob), deadline, timeout_s)
             merged, payload = self._recv(self.hub, deadline, timeout_s, spin_s, beside)
             if "headers" not in merged:
                 self._told += 1
@@ -272,7 +272,7 @@ class Links:
         merged = {"headers": [h for h, _ in frames], "sizes": [len(b) for _, b in frames]}
         answer = frame(merged, b"".join(b for _, b in frames))
         for member in self.ranks[1:]:
-            self._send(member, answer)
+            self._send(member, answer, deadline, timeout_s)
         return frames
 
     def tell(self, header: dict[str, Any], blob: bytes = b"") -> None:
@@ -280,12 +280,14 @@ class Links:
 
         Raises:
             PeerGone: a member's process is gone.
+            LinkTimeout: a member did not read.
         """
         if len(self.ranks) > 1:
             self._told += 1
             data = frame(header, blob)
+            deadline = time.monotonic() + self._timeout_s
             for member in self.ranks[1:]:
-                self._send(member, data)
+                self._send(member, data, deadline, self._timeout_s)
 
     def hear(self, *, timeout_s: float) -> Frame:
         """On a member: what the hub tells.
@@ -297,11 +299,18 @@ class Links:
         self._told += 1
         return found
 
-    def _send(self, member: int, data: bytes) -> None:
-        try:
-            self.data[member].sendall(data)
-        except OSError:
-            raise PeerGone(member) from None
+    def _send(self, member: int, data: bytes, deadline: float, timeout_s: float) -> None:
+        sock, left = self.data[member], memoryview(data)
+        poller = select.poll()
+        poller.register(sock, select.POLLOUT)
+        while left:
+            try:
+                left = left[sock.send(left, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                if not poller.poll(_milliseconds_until(deadline)):
+                    raise LinkTimeout(member, timeout_s) from None
+            except OSError:
+                raise PeerGone(member) from None
 
     def _recv(
         self, member: int, deadline: float, timeout_s: float, spin_s: float = 0.0, beside: Beside | None = None

@@ -8,7 +8,7 @@ import secrets
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from spmd_engine.devices import own_gpu, visible_gpus
 from spmd_engine.digest import digest
 from spmd_engine.errors import CollectiveMismatchError, ConfigError
 from spmd_engine.process import SchedulerProcess, child_environment, memory_saver_library, open_log
-from spmd_engine.rendezvous import Meeting, Rendezvous, interface_of, node_identity
+from spmd_engine.rendezvous import Meeting, Rendezvous, bounded, interface_of, node_identity
 from spmd_engine.requests import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _OWN_ARGS = {
 }  # fmt: skip
 _MAX_S = 2_000_000  # poll(2) counts milliseconds in 32 bits
 _REFUSAL_S = 60.0
+_POST_S = 3.0
 # A Unix socket's name has 107 bytes; those of torch's symmetric memory take up to 17 below the directory.
 _LONGEST_SCRATCH = 90
 _ONLY_ONE = ("dp_size", "pp_size")
@@ -151,14 +152,29 @@ class Startup:
             meeting = self.rendezvous.meet(note, timeout_s=self._timeout_s, watch=lambda: None)
             undo.callback(_close_listener, meeting.link)
             _check_agreement(self._ranks, meeting, refusal)
-            here = [i for i, note in enumerate(meeting.notes) if note["node"] == node_identity()]
-            gpus = visible_gpus([self._ranks[i] for i in here], [meeting.notes[i]["gpu"] for i in here])
-            scratch = shared_scratch(meeting.link.token, meeting.notes[here[0]]["tmp"], on_cpu=self.on_cpu)
-            undo.pop_all()
-        self.weight_version = max(note["version"] for note in meeting.notes)
-        self._is_restart = any(note["is_restart"] for note in meeting.notes)
-        assert log is not None
-        return self._spawn(meeting, gpus, scratch, log, -1 if store is None else store.detach())
+            gpus = _gpus_by_node(self._ranks, meeting.notes)[node_identity()]
+            self.weight_version = max(note["version"] for note in meeting.notes)
+            self._is_restart = any(note["is_restart"] for note in meeting.notes)
+            with self._telling_others():
+                here = next(note for note in meeting.notes if note["node"] == node_identity())
+                scratch = shared_scratch(meeting.link.token, here["tmp"], on_cpu=self.on_cpu)
+                undo.pop_all()
+                assert log is not None
+                return self._spawn(meeting, gpus, scratch, log, -1 if store is None else store.detach())
+
+    @contextlib.contextmanager
+    def _telling_others(self) -> Iterator[None]:
+        """What fails on this rank alone, the others hear of while their processes wait for this one's.
+
+        Raises:
+            ConfigError: something failed.
+        """
+        try:
+            yield
+        except Exception as error:
+            cause = f"it could not be started: {type(error).__name__}: {error}"
+            bounded(lambda: self.rendezvous.post(f"died/{self._rank}", {"cause": cause}), timeout_s=_POST_S)
+            raise ConfigError(f"the scheduler process of rank {self._rank} has a problem: {cause}") from error
 
     def _check(self) -> None:
         """Check the arguments and fill in what follows from the mesh and the model's directory."""
@@ -248,6 +264,20 @@ def _check_agreement(ranks: tuple[int, ...], meeting: Meeting, refusal: ConfigEr
             f"the ranks {list(ranks)} of one replica are on {len(per_node)} nodes, {sorted(per_node.values())} of them "
             "on each: SGLang needs equally many on every node"
         )
+
+
+def _gpus_by_node(ranks: tuple[int, ...], notes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """`visible_gpus` of each node. All ranks look at all nodes, so that what is wrong on one is refused on every rank.
+
+    Raises:
+        ConfigError: see `visible_gpus`.
+    """
+    by_node: dict[str, list[int]] = {}
+    for index, note in enumerate(notes):
+        by_node.setdefault(note["node"], []).append(index)
+    return {
+        node: visible_gpus([ranks[i] for i in here], [notes[i]["gpu"] for i in here]) for node, here in by_node.items()
+    }
 
 
 def _is_timeout(value: Any) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 import difflib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ _LAID_OUT_ANEW = {
     "use_flashinfer_trtllm_moe": "with another moe_runner_backend, 'triton' for example",
     "w13_swiglu_interleaved": "without SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED in its environment",
 }
+# Methods by which modules derive tensors from their parameters.
+_DERIVES = ("post_load_weights", "_set_mla_wkc_wvc", "fuse_scale")
 _MOST_BIAS = 1e30  # float32 has it still when it is divided by the lowest temperature
 
 
@@ -114,6 +116,11 @@ def make_resume() -> Any:
     return ContinueGenerationReqInput(torch_empty_cache=False)
 
 
+def steps(scheduler: Any) -> int:
+    """How many batches the scheduler has computed since its start."""
+    return int(scheduler.forward_ct)
+
+
 def can_pause(scheduler: Any) -> bool:
     """Whether nothing is on its way that a pause would not stop: a grammar that is being compiled, for example."""
     return not scheduler.grammar_manager.has_waiting_grammars()
@@ -160,11 +167,12 @@ def check_kept_as_loaded(model: torch.nn.Module) -> None:
                 )
 
 
-def refresh_derived(model: torch.nn.Module) -> None:
-    """Derive again what the model derives from its parameters (MLA's w_kc and w_vc, for example)."""
-    if hasattr(model, "post_load_weights"):
-        with torch.no_grad():
-            model.post_load_weights()  # type: ignore[operator]
+def derivations(model: torch.nn.Module) -> list[Callable[[], Any]]:
+    """What derives again all that modules derive from their parameters (MLA's w_kc and w_vc, for example)."""
+    for name in _DERIVES:
+        if hasattr(model, name):
+            return [getattr(model, name)]  # it does so for its parts, too
+    return [found for part in model.children() for found in derivations(part)]
 
 
 def make_request(request: GenerateRequest, rid: str, scheduler: Any, *, stream: bool = False) -> Any:

@@ -131,6 +131,7 @@ class Feed:
         while self._channel.is_readable():
             self._take_message()
         self._service.admit(behind_call=self._pending is not None)
+        self._service.show_progress()
         return self._issue()
 
     def _issue(self) -> Ticket:
@@ -139,7 +140,7 @@ class Feed:
         ticket = self._service.take_ticket()
         try:
             self._links[self._replica].tell(*ticket.to_frame())
-        except PeerGone as error:
+        except (PeerGone, LinkTimeout) as error:
             self._broken(error, "requests that run beside others")
         return ticket
 

@@ -129,7 +129,6 @@ def _record(
             copies=recording.copies + more.copies,
             fallback=recording.fallback | more.fallback,
             fallback_parameters=recording.fallback_parameters | more.fallback_parameters,
-            is_blind=recording.is_blind or more.is_blind,
             constants=recording.constants + more.constants,
         ),
         frozenset(unused),
@@ -173,7 +172,7 @@ def _cover(model: torch.nn.Module, recording: Recording, covers: Callable[[str],
             fallback |= dict.fromkeys(sorted(touching[name]), why)
         elif left is None and name in recording.fallback_parameters:
             continue  # written by the model's own loader, in a way that no boxes describe
-        elif left != 0 and covers(name) and not (recording.is_blind and name not in touching):
+        elif left != 0 and covers(name):
             part = "" if name not in touching else f"{left} of the {parameter.numel()} elements of "
             missing.append(f"{part}{name} {list(parameter.shape)}")
     if missing:

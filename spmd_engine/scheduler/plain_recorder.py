@@ -3,17 +3,20 @@
 A `PlainStandIn` is a `meta` tensor of torch's own: a view of it costs what it costs in C++, and the storage that it
 shares says which weight it shows. What a loader calls is seen where Python calls torch, not in torch's dispatcher.
 Whatever is neither a view, nor a question about the shape, nor a copy into a parameter, ends the attempt with a
-`NotPlainError`: `recorder.Recorder` sees every operation, and takes twice as long.
+`NotPlainError`: `recorder.Recorder` sees every operation, and takes twice as long. Not seen is a parameter that is the
+`out` of a function; no loader of SGLang does that.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from spmd_engine.coverage import Region
 from spmd_engine.layout import Weight
 from spmd_engine.plan import RecordedCopy
 from spmd_engine.scheduler.recorder import DTYPE_NAMES, DTYPES, Parameters, Recording, region
@@ -44,6 +47,13 @@ _QUESTIONS = (
     | {_Tensor.__len__}
     | _getters("shape", "dtype", "ndim", "requires_grad", "layout", "is_sparse", "is_quantized", "nbytes")
 )
+
+
+# Methods that change a tensor's elements.
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)} | {
+    name for name in dir(_Tensor) if name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+}
 
 
 class NotPlainError(Exception):
@@ -81,6 +91,7 @@ class PlainRecorder:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model, self._parameters = model, Parameters(model)
         self._recording = Recording()
+        self._fills: list[tuple[str, Region, Callable[[], Any]]] = []  # they wait until all copies are known
         self._weights: dict[int, tuple[str, torch.Tensor]] = {}  # by storage; the tensor keeps it
 
     def stand_in(self, weight: Weight) -> torch.Tensor:
@@ -98,12 +109,17 @@ class PlainRecorder:
         Raises:
             NotPlainError: the loader is none of those that this recorder understands, or it refuses a weight.
         """
-        self._recording = Recording()
+        self._recording, self._fills = Recording(), []
         try:
             with torch.no_grad(), self._watch():
                 self._model.load_weights(iter(weights))  # type: ignore[operator]
         except Exception as error:
             raise NotPlainError(str(error)) from error
+        if any(self._parameters.overlap(name, where, self._recording.copies) for name, where, _ in self._fills):
+            raise NotPlainError("its loader fills a part of a parameter twice")
+        with torch.no_grad():
+            for *_, fill in self._fills:
+                fill()
         return self._recording
 
     @contextlib.contextmanager
@@ -119,17 +135,25 @@ class PlainRecorder:
 
         def constant(name: str) -> Callable[..., Any]:
             def fill(target: torch.Tensor, *args: Any) -> Any:
-                if self._parameters.at(target) is not None:
-                    self._recording.constants.append(region(target))
-                return originals[name](target, *args)
+                parameter = None if isinstance(target, PlainStandIn) else self._parameters.at(target)
+                if parameter is None or any(isinstance(value, _Tensor) for value in args):
+                    self._refuse(target)
+                    return originals[name](target, *args)
+                self._recording.constants.append(region(target))
+                self._fills.append((parameter, region(target), partial(originals[name], target, *args)))
+                return target
 
             return fill
 
-        def set_item(target: torch.Tensor, index: Any, value: Any) -> None:
-            self._refuse(target)
-            originals["__setitem__"](target, index, value)
+        def refused(name: str) -> Callable[..., Any]:
+            def change(target: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                self._refuse(target)
+                return originals[name](target, *args, **kwargs)
 
-        watched = {"copy_": copy_, "fill_": constant("fill_"), "zero_": constant("zero_"), "__setitem__": set_item}
+            return change
+
+        watched = {name: refused(name) for name in _IN_PLACE}
+        watched |= {"copy_": copy_, "fill_": constant("fill_"), "zero_": constant("zero_")}
         originals: dict[str, Callable[..., Any]] = {name: getattr(_Tensor, name) for name in watched}
         with contextlib.ExitStack() as undo:
             for name, function in watched.items():
@@ -159,7 +183,7 @@ class PlainRecorder:
             name, weight = self._weights.get(_storage(source), ("", source))
             if not name or source.dtype != weight.dtype:
                 raise NotPlainError("its loader converts a weight, or lays it out anew")
-            view = source if source.shape == target.shape else source.view(target.shape)
+            view = source if source.shape == target.shape else source.expand(target.shape)
             self._recording.copies.append(
                 RecordedCopy(
                     weight=name,

@@ -3,14 +3,16 @@
 A `RecordingTensor` stands for a weight of the trainer. View operations go through to a `meta` tensor, whose offset and
 strides always say which elements of the weight are meant; `copy_` into a real parameter becomes a `RecordedCopy`.
 Arithmetic makes a *derived* tensor: what is loaded from one cannot be a plain copy, and its sources go through the
-model's own loader with real values instead (the fallback).
+model's own loader with real values instead (the fallback). So do the weights of parameters that a loader changes once
+more, or computes others from, after it has filled them.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from spmd_engine import coverage
+from spmd_engine.coverage import Region
 from spmd_engine.errors import PlanError
 from spmd_engine.layout import Weight
 from spmd_engine.plan import RecordedCopy
@@ -27,9 +31,7 @@ DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat1
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # Operations whose result has the same elements as their input, laid out anew: nothing changes for a recorder.
 _RELAYOUTS = {aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.lift_fresh.default}
-
-
-_WRITES = {aten.fill_.Scalar, aten.zero_.default, aten.copy_.default}
+_FILLS = {aten.fill_.Scalar, aten.zero_.default}
 
 
 class NeedsValuesError(Exception):
@@ -48,15 +50,13 @@ class Recording:
         copies: in the order in which they were made.
         fallback: names of weights whose loading is not a plain copy, and why it is not.
         fallback_parameters: names of the parameters that such weights reach.
-        is_blind: a loader asked for values, so the recording does not know which parameters it writes from them.
         constants: (address, sizes, strides) of regions that the loader filled by itself, or the fallback will.
     """
 
     copies: list[RecordedCopy] = field(default_factory=list)
     fallback: dict[str, str] = field(default_factory=dict)
     fallback_parameters: set[str] = field(default_factory=set)
-    is_blind: bool = False
-    constants: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    constants: list[Region] = field(default_factory=list)
 
     def used(self) -> set[str]:
         """Names of the weights that the loader took."""
@@ -115,10 +115,26 @@ class RecordingTensor(torch.Tensor):
         return inputs[0].recorder.dispatch(func, args, kwargs or {}, inputs)
 
 
-class _RecordingMode(TorchDispatchMode):
-    """Sees all operations of a loader: hands on those with stand-ins, and notes the regions of parameters that a
-    loader fills with a constant, such as the padding of a vocabulary.
+@dataclass(frozen=True)
+class _Write:
+    """An operation that changes parameters by something else than a weight. It waits until all copies are known.
+
+    Attributes:
+        targets: the parameters, and which regions of them.
+        sources: names of parameters that it depends on; None for a constant.
     """
+
+    run: Callable[[], Any]
+    targets: list[tuple[str, Region]]
+    sources: frozenset[str] | None
+
+    def touches(self, parameters: set[str]) -> bool:
+        """Whether it has to do with some of the parameters."""
+        return not parameters.isdisjoint(self.sources or ()) or any(name in parameters for name, _ in self.targets)
+
+
+class _RecordingMode(TorchDispatchMode):
+    """Sees all operations of a loader, and hands them on."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -132,15 +148,22 @@ class _RecordingMode(TorchDispatchMode):
         inputs = _stand_ins(args, kwargs)
         if inputs:
             return self._recorder.dispatch(func, args, kwargs or {}, inputs)
-        target: Any = args[0] if args else None
-        if func in _WRITES:
-            parameter = self._recorder.parameters.at(target)
-            if parameter is not None:
-                self._recorder.recording.constants.append(region(target))
-                if func is aten.copy_.default and self._recorder.is_stale(args[1]):
-                    self._recorder.recording.fallback_parameters.add(parameter)
-                    return target  # what it would write was never computed
-        return func(*args, **(kwargs or {}))
+        return self._recorder.dispatch_real(func, args, kwargs or {})
+
+
+class _ReachMode(TorchDispatchMode):
+    """Notes which regions of parameters a loader writes, and lets it write none."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        targets = self._recorder.parameters.among(_written(func, args, kwargs or {}))
+        if not targets:
+            return func(*args, **(kwargs or {}))
+        self._recorder.will_be_written(targets)
+        return args[0]
 
 
 class Parameters:
@@ -148,8 +171,10 @@ class Parameters:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.device = next(model.parameters()).device
+        self._tensors: dict[str, torch.Tensor] = {}
         self._spans: dict[int, tuple[int, str]] = {}  # start -> end, the first of its names
         for name, tensor in all_tensors(model):
+            self._tensors[name] = tensor
             if tensor.numel():
                 self._spans.setdefault(tensor.data_ptr(), (tensor.data_ptr() + tensor.nbytes, name))
         self._starts = sorted(self._spans)
@@ -162,6 +187,23 @@ class Parameters:
             return None
         end, name = self._spans[self._starts[at]]
         return name if address < end else None
+
+    def among(self, tensors: Iterable[torch.Tensor]) -> list[tuple[str, Region]]:
+        """Of those tensors that are views of parameters or buffers the names of these, and the regions."""
+        return [(name, region(tensor)) for tensor in tensors if (name := self.at(tensor)) is not None]
+
+    def overlap(self, name: str, where: Region, copies: Iterable[RecordedCopy]) -> bool:
+        """Whether some of the copies write to a region of a parameter, as far as it can be told."""
+        regions = {coverage.region_of(copy) for copy in copies if copy.parameter == name}
+        if not regions:
+            return False
+        tensor = self._tensors[name]
+        base, shape = tensor.data_ptr(), tuple(tensor.shape)
+        return (
+            where in regions
+            or not tensor.is_contiguous()
+            or coverage.uncovered([where, *regions], base, tensor.element_size(), shape) is None
+        )
 
 
 class Recorder:
@@ -176,7 +218,15 @@ class Recorder:
         self._model = model
         self.parameters = Parameters(model)
         self.device = self.parameters.device
-        self._stale: list[torch.Tensor] = []  # temporaries of a loader that lack what a weight should have given them
+        self._begin(Recording())
+
+    def _begin(self, recording: Recording) -> None:
+        self.recording = recording
+        self._filled: set[Region] = set()  # by copies of weights
+        self._writes: list[_Write] = []
+        # Tensors of the loader's own that come from parameters, which have their old values: by storage, with names of
+        # the parameters; none for what a weight should have filled. The tensor keeps its storage.
+        self._derived: dict[int, tuple[torch.Tensor, frozenset[str]]] = {}
 
     def stand_in(self, weight: Weight) -> RecordingTensor:
         """A tensor that stands for a weight of the trainer."""
@@ -192,20 +242,22 @@ class Recorder:
         Raises:
             PlanError: the loader refuses a weight, for example because of its shape.
         """
-        left = list(weights)
-        self.recording, self._stale = Recording(), []
+        left, unseen = list(weights), list[tuple[str, RecordingTensor]]()
+        self._begin(Recording())
         while True:
             try:
                 with torch.no_grad(), _RecordingMode(self):
                     self._model.load_weights(iter(left))  # type: ignore[operator]
+                self._reach(unseen)
                 return self._settled()
             except NeedsValuesError as error:
                 fallback = self.recording.fallback | dict.fromkeys(error.names, error.what)
                 kept = [(name, tensor) for name, tensor in left if not tensor.origins & error.names]
                 if len(kept) == len(left):
                     raise PlanError(f"cannot record how {sorted(error.names)} are loaded: {error}") from error
+                unseen += [(name, tensor) for name, tensor in left if tensor.origins & error.names]
                 left = kept
-                self.recording = Recording(fallback=fallback, is_blind=True)
+                self._begin(Recording(fallback=fallback))
             except PlanError:
                 raise
             except Exception as error:
@@ -218,14 +270,102 @@ class Recorder:
                     f"{type(error).__name__}: {error or 'wrong shape'}"
                 ) from error
 
+    def _reach(self, weights: Sequence[tuple[str, RecordingTensor]]) -> None:
+        """Note what the loader writes from weights whose values it asks for; zeros take their place.
+
+        Raises:
+            PlanError: it fails on zeros.
+        """
+        if not weights:
+            return
+        zeros = [(name, torch.zeros((), dtype=x.dtype, device=self.device).expand(x.shape)) for name, x in weights]
+        try:
+            with torch.no_grad(), _ReachMode(self):
+                self._model.load_weights(iter(zeros))  # type: ignore[operator]
+        except Exception as error:
+            raise PlanError(
+                f"cannot tell which parameters {[name for name, _ in zeros]} fill: the engine's loader looks at their "
+                f"values, and fails on zeros: {type(error).__name__}: {error}"
+            ) from error
+
+    def _settle_writes(self) -> None:
+        """Do the writes that depend on no weight, and leave the weights on which others depend to the fallback."""
+        recording = self.recording
+        weighted = {copy.parameter for copy in recording.copies} | recording.fallback_parameters
+        involved: set[str] = set()
+        constant = self._writes
+        while True:  # until no more of them turn out to depend on weights
+            of_weights, others = list[_Write](), list[_Write]()
+            for one in constant:
+                depends = one.sources is not None and one.touches(weighted)
+                (of_weights if depends else others).append(one)
+            if not of_weights:
+                break
+            for one in of_weights:
+                involved |= {*(name for name, _ in one.targets), *(one.sources or ())}
+                recording.fallback_parameters |= {name for name, _ in one.targets}
+            weighted |= involved
+            constant = others
+        for copy in recording.copies:
+            if copy.parameter in involved:
+                why = f"its loader changes {copy.parameter}, or computes with it, after having filled it"
+                recording.fallback.setdefault(copy.weight, why)
+        with torch.no_grad():
+            for one in constant:
+                # The parameters may be in use: what weights replace keeps its values until they come.
+                if not any(self.parameters.overlap(name, where, recording.copies) for name, where in one.targets):
+                    one.run()
+
     def _settled(self) -> Recording:
         """The recording, without copies of weights that turned out to need the fallback after they were made."""
+        self._settle_writes()
         recording = self.recording
         dropped = [copy for copy in recording.copies if copy.weight in recording.fallback]
         recording.constants += [(copy.dst_address, copy.sizes, copy.dst_strides) for copy in dropped]
         recording.fallback_parameters |= {copy.parameter for copy in dropped}
         recording.copies = [copy for copy in recording.copies if copy.weight not in recording.fallback]
         return recording
+
+    # ---- operations without stand-ins ----
+
+    def dispatch_real(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operation on the loader's own tensors and on parameters does."""
+        written = _written(func, args, kwargs)
+        targets = self.parameters.among(written)
+        if not targets:
+            result = func(*args, **kwargs)
+            sources = self._sources(_tensors(args, kwargs))
+            if sources is not None:
+                for tensor in (*written, *_tensors((result,))):
+                    if self.parameters.at(tensor) is None:  # else it is a view of one
+                        self._derived[_storage(tensor)] = tensor, sources
+            return result
+        # What is changed in place comes from itself; what is filled or copied to does not.
+        inputs = [] if func in _FILLS else _tensors(args[1:] if func is aten.copy_.default else args, kwargs)
+        sources = self._sources(inputs)
+        if sources is not None and not sources:  # it comes from what a weight should have filled
+            self.will_be_written(targets)
+            return args[0]
+        if sources is None and not self._filled.isdisjoint(where for _, where in targets):
+            sources = frozenset()  # it replaces a weight
+        self.recording.constants += [where for _, where in targets]
+        self._writes.append(_Write(partial(func, *args, **kwargs), targets, sources))
+        return args[0]
+
+    def will_be_written(self, targets: Iterable[tuple[str, Region]]) -> None:
+        """Note regions of parameters that the fallback writes."""
+        self.recording.fallback_parameters |= {name for name, _ in targets}
+        self.recording.constants += [where for _, where in targets]
+
+    def _sources(self, tensors: Iterable[torch.Tensor]) -> frozenset[str] | None:
+        """Names of the parameters that the tensors come from; None if they come from none, nor from a weight."""
+        found: set[str] | None = None
+        for tensor in tensors:
+            name = self.parameters.at(tensor)
+            known = frozenset([name]) if name is not None else self._derived.get(_storage(tensor), (None, None))[1]
+            if known is not None:
+                found = (found or set()) | known
+        return None if found is None else frozenset(found)
 
     # ---- operations on stand-ins ----
 
@@ -274,16 +414,10 @@ class Recorder:
             self.recording.fallback.setdefault(name, why)
         if not isinstance(destination, torch.Tensor) or isinstance(destination, RecordingTensor):
             return
-        parameter = self.parameters.at(destination)
-        if parameter is None:
-            self._stale.append(destination)
-        else:
-            self.recording.fallback_parameters.add(parameter)
-            self.recording.constants.append(region(destination))
-
-    def is_stale(self, tensor: Any) -> bool:
-        """Whether `tensor` shares memory with a temporary that a recording leaves unwritten."""
-        return isinstance(tensor, torch.Tensor) and any(_same_storage(tensor, stale) for stale in self._stale)
+        targets = self.parameters.among([destination])
+        self.will_be_written(targets)
+        if not targets:
+            self._derived[_storage(destination)] = destination, frozenset()
 
     def _copy(self, destination: torch.Tensor, source: RecordingTensor) -> None:
         if not destination.numel() and not source.numel():
@@ -298,13 +432,14 @@ class Recorder:
             why = "its loader copies it to somewhere else than a parameter"
         elif destination.dtype not in DTYPE_NAMES or casts:
             why = f"its loader converts it to {', '.join(casts) or destination.dtype}"
-        elif source.numel() != destination.numel():
+        view = source.meta.expand(destination.shape)  # refuses what the copy itself would refuse
+        if not why and source.numel() != destination.numel():
             why = "its loader repeats it"
         if why:
             self._fall_back(destination, source.origins, why)
             return
         (weight,) = source.origins
-        view = source.meta.view(destination.shape) if source.shape != destination.shape else source.meta
+        self._filled.add(region(destination))
         self.recording.copies.append(
             RecordedCopy(
                 weight=weight,
@@ -319,15 +454,19 @@ class Recorder:
         )
 
 
-def _stand_ins(args: Any, kwargs: Any) -> list[RecordingTensor]:
-    """The stand-ins among an operation's arguments, which may be in lists. (torch's pytree takes ten times as long.)"""
+def _tensors(args: Any, kwargs: Any = None) -> list[torch.Tensor]:
+    """The tensors among arguments or results, which may be in lists. (torch's pytree takes ten times as long.)"""
     found = []
     for x in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(x, RecordingTensor):
+        if isinstance(x, torch.Tensor):
             found.append(x)
         elif isinstance(x, (list, tuple)):
-            found += [y for y in x if isinstance(y, RecordingTensor)]
+            found += [y for y in x if isinstance(y, torch.Tensor)]
     return found
+
+
+def _stand_ins(args: Any, kwargs: Any) -> list[RecordingTensor]:
+    return [x for x in _tensors(args, kwargs) if isinstance(x, RecordingTensor)]
 
 
 def _to_meta(x: Any) -> Any:
@@ -344,17 +483,29 @@ def all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def region(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+def region(tensor: torch.Tensor) -> Region:
     """Address, sizes and strides."""
     return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among an operation's arguments that it changes."""
+    if not func._schema.is_mutable:
+        return []
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    return _tensors([given.get(x.name) for x in func._schema.arguments if x.alias_info and x.alias_info.is_write])
 
 
 def _name(func: Any) -> str:
     return str(func.overloadpacket.__name__)
 
 
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return _storage(a) == _storage(b)
 
 
 def _is_shape_error(error: Exception) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from array import array
 from collections.abc import Iterable
 from itertools import groupby
@@ -37,6 +38,8 @@ from spmd_engine.scheduler.outputs import Outputs
 from spmd_engine.scheduler.tickets import Ticket
 from spmd_engine.scheduler.weights import WeightsKeeper
 
+_LONGEST_SILENCE_S = 1.0
+
 
 class Service:
     """The requests that the trainer of the first rank has submitted.
@@ -56,7 +59,9 @@ class Service:
         self._next_ticket = Ticket()
         self._later: list[Submit] = []  # they came behind a collective call, or while all stand still
         self._wants_resume = False
-        self._reports: queue.SimpleQueue[Increment | Refused | Held | Parsed] = queue.SimpleQueue()
+        self._sign_s = min(_LONGEST_SILENCE_S, start.timeout_s / 4)
+        self._next_sign, self._steps_then = 0.0, -1
+        self._reports: queue.SimpleQueue[Increment | Progress | Refused | Held | Parsed] = queue.SimpleQueue()
         self._finder = FunctionCallFinder(self._reports.put, start.rank)
         threading.Thread(target=self._write_reports, daemon=True, name="spmd_engine-reports").start()
 
@@ -68,6 +73,13 @@ class Service:
     def _report(self, increments: list[Increment]) -> None:
         for increment in increments:
             self._reports.put(increment)
+
+    def show_progress(self) -> None:
+        """Let the trainer know now and then that steps are made: it hears of most requests only when they finish."""
+        now, steps = time.monotonic(), adapter.steps(self._scheduler)
+        if now >= self._next_sign and steps != self._steps_then:
+            self._next_sign, self._steps_then = now + self._sign_s, steps
+            self._reports.put(Progress([]))
 
     def _write_reports(self) -> None:
         """A thread: the trainer may be busy and not read, and this process must not wait for it."""

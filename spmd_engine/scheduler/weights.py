@@ -51,6 +51,7 @@ class _Prepared:
     transfer: transfer.Transfer
     staged: StagedTransfer | None  # what cannot be read in place
     has_constants: bool  # the loader fills some elements by itself
+    derivations: list[Callable[[], Any]]  # of tensors that are no parameters
     target: Probe  # a loader that replaces a parameter makes the plan void
     is_bound: bool = False  # to the present addresses of the shards
 
@@ -344,6 +345,7 @@ class WeightsKeeper:
             record_s=planning - began,
             plan_s=time.monotonic() - planning,
             has_constants=loads.has_constants,
+            derivations=adapter.derivations(model),
             target=Probe(model, model.parameters()),
             transfer=transfer.prepare(plan, rank=self._rank, device=self.device, handles=self._handles),
             staged=None,
@@ -372,7 +374,9 @@ class WeightsKeeper:
             turned = {n: t for n, t in prepared.buffers.items() if n in prepared.converted}
             with torch.no_grad():
                 model.load_weights(iter({**direct, **self.conversion.to_checkpoint(turned)}.items()))  # type: ignore[operator]
-        adapter.refresh_derived(model)
+        with torch.no_grad():
+            for derive in prepared.derivations:
+                derive()
         prepared.transfer.wait()
         return device_s, wrong
 

@@ -145,3 +145,17 @@ def test_what_the_hub_tells_comes_before_the_exchange_that_a_member_has_begun():
         assert links[1].hear(timeout_s=20.0) == ({"news": 2}, b"")
         late = pool.submit(lambda: links[1].exchange({"fresh": True}, timeout_s=20.0))
         assert links[0].exchange({}, timeout_s=20.0) == [({}, b""), ({"fresh": True}, b"")] == late.result()
+
+
+def test_a_member_that_does_not_read_holds_nobody_up_for_longer_than_the_timeout():
+    links = connect((0, 1))
+    much = bytes(64 << 20)  # more than the sockets hold
+    with pytest.raises(LinkTimeout):
+        links[1].exchange({}, much, timeout_s=0.5)
+    links[0]._timeout_s = 0.5
+    with pytest.raises(LinkTimeout):
+        links[0].tell({}, much)
+    with ThreadPoolExecutor(2) as pool:
+        pair = connect((0, 1))
+        frames = list(pool.map(lambda rank: pair[rank].exchange({"rank": rank}, much, timeout_s=30.0), (0, 1)))
+    assert frames[0] == frames[1] == [({"rank": 0}, much), ({"rank": 1}, much)]

@@ -180,8 +180,152 @@ def test_a_loader_that_needs_values_takes_only_that_weight_out():
             p.data[1:].copy_(w)
 
     _, recording = record(Toy((4, 4), load), {"scale": randn(1), "a": randn(3, 4)})
-    assert recording.fallback == {"scale": "its loader looks at values (_local_scalar_dense)"} and recording.is_blind
+    assert recording.fallback == {"scale": "its loader looks at values (_local_scalar_dense)"}
+    assert [sizes for _, sizes, _ in recording.constants] == [(4,)]
     assert [copy.weight for copy in recording.copies] == ["a"]
+
+
+class Several(torch.nn.Module):
+    """Parameters of the given shapes, filled with ones, loaded by the function it is given."""
+
+    def __init__(self, load, **shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, torch.nn.Parameter(torch.ones(shape), requires_grad=False))
+        self.register_buffer("rest", torch.full((4,), 3.0))
+        self.load = load
+
+    def load_weights(self, weights):
+        self.load(self, dict(weights))
+
+
+def loaded_as_recorded(model: Several, **weights: torch.Tensor):
+    """Do with the weights what was recorded, the fallback included; returns what was recorded."""
+    layout = SourceLayout(tuple(Weight(n, tuple(w.shape), "float32") for n, w in weights.items()), ())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loads = recorded(model, layout, Conversion(None))
+    for name, tensor in model.state_dict().items():  # recording leaves alone what may be in use
+        assert torch.equal(tensor, before[name]), name
+    table = build_plan(layout, loads.copies, rank=0).bind(
+        {0: np.array([w.data_ptr() for w in weights.values()], dtype=np.uint64)}
+    )
+    _native.copy_cpu(table, pids=[0])
+    if loads.fallback:
+        model.load_weights({name: weights[name] for name in loads.fallback}.items())
+    return loads
+
+
+def negated(model, weights):  # as SGLang's composed_weight_loader does
+    for name, w in weights.items():
+        p = getattr(model, name)
+        p.data.copy_(w)
+        if name == "a":
+            p.data.copy_(-torch.exp(p.float()))
+
+
+def negated_in_place(model, weights):
+    for name, w in weights.items():
+        getattr(model, name).data.copy_(w)
+        if name == "a":
+            model.a.data.neg_()
+
+
+def multiplied_by_an_operator(model, weights):
+    for name, w in weights.items():
+        getattr(model, name).data.copy_(w)
+        if name == "a":
+            model.a.data *= 2
+
+
+def tied_by_a_copy(model, weights):
+    for name, w in weights.items():
+        getattr(model, name).data.copy_(w)
+    model.c.data.copy_(model.a.data)
+
+
+def computed_in_steps(model, weights):
+    for name, w in weights.items():
+        getattr(model, name).data.copy_(w)
+    if "a" in weights:
+        between = model.a.float() * 2
+        model.c.data.copy_(torch.exp(between + 1))
+
+
+def overwritten_by_a_constant(model, weights):
+    for name, w in weights.items():
+        getattr(model, name).data.copy_(w)
+        if name == "a":
+            model.a.data.fill_(7)
+
+
+@pytest.mark.parametrize(
+    ("load", "shapes"),
+    [
+        (negated, {}),
+        (negated_in_place, {}),
+        (multiplied_by_an_operator, {}),
+        (tied_by_a_copy, {"c": (4,)}),
+        (computed_in_steps, {"c": (4,)}),
+        (overwritten_by_a_constant, {}),
+    ],
+)
+def test_what_a_loader_does_to_parameters_after_it_has_filled_them(load, shapes):
+    shapes = {"a": (4,), "b": (2, 4), **shapes}
+    model, real = Several(load, **shapes), Several(load, **shapes)
+    weights = {"a": torch.arange(4.0), "b": torch.randn(2, 4)}
+    loads = loaded_as_recorded(model, **weights)
+    assert [*loads.fallback] == ["a"] and [copy.weight for copy in loads.copies] == ["b"]
+    assert "after having filled it" in loads.fallback["a"]
+    real.load_weights(weights.items())
+    for (name, tensor), expected in zip(model.state_dict().items(), real.state_dict().values(), strict=True):
+        assert torch.equal(tensor, expected), name
+
+
+def test_a_parameter_that_is_cleared_before_it_is_filled_keeps_its_values_until_then():
+    def load(model, weights):
+        for name, w in weights.items():
+            getattr(model, name).data.zero_()
+            getattr(model, name).data.copy_(w)
+
+    model = Several(load, a=(4,))
+    assert not loaded_as_recorded(model, a=torch.arange(4.0)).fallback
+    assert model.a.tolist() == [0, 1, 2, 3]
+
+
+def test_what_depends_on_no_weight_is_written_at_once():
+    def load(model, weights):
+        model.a.data.copy_(weights["a"])
+        model.c.data.copy_(model.rest * 2)
+
+    model = Several(load, a=(4,), c=(4,))
+    layout = SourceLayout((Weight("a", (4,), "float32"),), ())
+    assert not recorded(model, layout, Conversion(None)).fallback
+    assert model.c.tolist() == [6] * 4
+
+
+def looked_at(model, weights):  # as SGLang's default_weight_loader does
+    for name, w in weights.items():
+        p = getattr(model, name)
+        p.data.fill_(w.item()) if p.numel() == 1 == w.numel() else p.data.copy_(w)
+
+
+def test_a_weight_whose_value_is_needed_excuses_no_other_one():
+    model = Several(looked_at, scale=(1,), a=(4,))
+    assert [*loaded_as_recorded(model, scale=torch.tensor([5.0]), a=torch.arange(4.0)).fallback] == ["scale"]
+    assert model.scale.item() == 5 and model.a.tolist() == [0, 1, 2, 3]
+    layout = SourceLayout((Weight("scale", (1,), "float32"), Weight("a", (4,), "float32")), ())
+    with pytest.raises(PlanError, match=r"the source has no weight for q \[4, 4\]"):
+        recorded(Several(looked_at, scale=(1,), a=(4,), q=(4, 4)), layout, Conversion(None))
+
+
+def test_a_loader_that_fails_on_other_values_is_refused():
+    def load(model, weights):
+        for name, w in weights.items():
+            getattr(model, name).data.fill_(1 / w.item())
+
+    layout = SourceLayout((Weight("scale", (1,), "float32"),), ())
+    with pytest.raises(PlanError, match=r"which parameters \['scale'\] fill: .*ZeroDivisionError"):
+        recorded(Several(load, scale=(1,)), layout, Conversion(None))
 
 
 def test_a_weight_that_the_loader_skips_is_not_used():
@@ -243,9 +387,18 @@ def test_a_quantised_parameter_is_refused_by_name(dtype):
 
 @pytest.mark.parametrize(
     "load",
-    [lambda p, n, w: p.data.narrow(0, 0, 2).copy_(w.narrow(0, 3, 9)), lambda p, n, w: p.data.copy_(w.view(3, 5))],
+    [
+        lambda p, n, w: p.data.narrow(0, 0, 2).copy_(w.narrow(0, 3, 9)),
+        lambda p, n, w: p.data.copy_(w.view(3, 5)),
+        lambda p, n, w: p.data.copy_(w.view(2, 8)),  # as many elements, in another shape
+        lambda p, n, w: p.data[:2].copy_(w[:, :2]),
+    ],
 )
 def test_a_wrong_shape_is_a_plan_error(load):
+    with pytest.raises(RuntimeError, match="size"):
+        Toy((4, 4), load).load_weights([("a", randn(4, 4))])
+    with pytest.raises(NotPlainError):
+        record(Toy((4, 4), load), {"a": randn(4, 4)}, PlainRecorder)
     with pytest.raises(PlanError, match="the engine's loader refuses"):
         record(Toy((4, 4), load), {"a": randn(4, 4)})
 

@@ -120,6 +120,13 @@ def bad_starts(context: Any, path: str) -> dict[str, Any]:
         if context.rank == 1:
             patch.setattr(sys, "executable", shutil.which("false"))
         refused(errors.SchedulerDiedError, r"scheduler process of rank 1 ended during start \(exit status 1\)")
+    # One that cannot even be started.
+    with pytest.MonkeyPatch.context() as patch:
+        if context.rank == 1:
+            patch.setattr(sys, "executable", "/no/such/python")
+            refused(config, "process of rank 1 has a problem: it could not be started: FileNotFoundError: ")
+        else:
+            refused(errors.SchedulerDiedError, "of rank 1 ended during start: it could not be started: FileNotFound")
     dist.barrier()  # rank 0 serves the store of the others
     return {}
 
