@@ -13,6 +13,7 @@ from spmd_engine import _native, coverage
 from spmd_engine.errors import PlanError
 from spmd_engine.layout import SourceLayout, Weight
 from spmd_engine.plan import build_plan
+from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.loading import recorded
 from spmd_engine.scheduler.plain_recorder import NotPlainError, PlainRecorder
@@ -215,12 +216,12 @@ def loaded_as_recorded(model: Several, **weights: torch.Tensor):
     return loads
 
 
-def negated(model, weights):  # as SGLang's composed_weight_loader does
+def by_sglangs_composed_loader(model, weights):  # as its Mamba layers load A
+    from sglang.srt.model_loader.weight_utils import composed_weight_loader, default_weight_loader
+
+    negated = composed_weight_loader(default_weight_loader, lambda x: -torch.exp(x.float()))
     for name, w in weights.items():
-        p = getattr(model, name)
-        p.data.copy_(w)
-        if name == "a":
-            p.data.copy_(-torch.exp(p.float()))
+        (negated if name == "a" else default_weight_loader)(getattr(model, name), w)
 
 
 def negated_in_place(model, weights):
@@ -261,7 +262,7 @@ def overwritten_by_a_constant(model, weights):
 @pytest.mark.parametrize(
     ("load", "shapes"),
     [
-        (negated, {}),
+        (by_sglangs_composed_loader, {}),
         (negated_in_place, {}),
         (multiplied_by_an_operator, {}),
         (tied_by_a_copy, {"c": (4,)}),
@@ -303,10 +304,11 @@ def test_what_depends_on_no_weight_is_written_at_once():
     assert model.c.tolist() == [6] * 4
 
 
-def looked_at(model, weights):  # as SGLang's default_weight_loader does
+def looked_at(model, weights):  # if it is one element
+    from sglang.srt.model_loader.weight_utils import default_weight_loader
+
     for name, w in weights.items():
-        p = getattr(model, name)
-        p.data.fill_(w.item()) if p.numel() == 1 == w.numel() else p.data.copy_(w)
+        default_weight_loader(getattr(model, name), w)
 
 
 def test_a_weight_whose_value_is_needed_excuses_no_other_one():
@@ -326,6 +328,31 @@ def test_a_loader_that_fails_on_other_values_is_refused():
     layout = SourceLayout((Weight("scale", (1,), "float32"),), ())
     with pytest.raises(PlanError, match=r"which parameters \['scale'\] fill: .*ZeroDivisionError"):
         recorded(Several(load, scale=(1,)), layout, Conversion(None))
+
+
+class Deriving(torch.nn.Module):
+    """With a tensor that is no parameter, as MLA's layers have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+        self.derived = None
+
+    def post_load_weights(self):
+        self.derived = self.p * 2
+
+
+def test_what_parts_of_a_model_derive_is_derived_again():
+    wrapper = torch.nn.Module()  # as SGLang's Kimi-VL, which has no such method itself
+    wrapper.language_model, wrapper.tower = Deriving(), torch.nn.Linear(2, 2)
+    alone = Deriving()
+    for model, part in ((wrapper, wrapper.language_model), (alone, alone)):
+        derivations = adapter.derivations(model)
+        part.p.fill_(3)
+        for derive in derivations:
+            derive()
+        assert part.derived.tolist() == [6] * 4
+    assert adapter.derivations(wrapper.tower) == []
 
 
 def test_a_weight_that_the_loader_skips_is_not_used():
