@@ -3,8 +3,8 @@
 A `PlainStandIn` is a `meta` tensor of torch's own: a view of it costs what it costs in C++, and the storage that it
 shares says which weight it shows. What a loader calls is seen where Python calls torch, not in torch's dispatcher.
 Whatever is neither a view, nor a question about the shape, nor a copy into a parameter, ends the attempt with a
-`NotPlainError`: `recorder.Recorder` sees every operation, and takes twice as long. Not seen is a parameter that is the
-`out` of a function; no loader of SGLang does that.
+`NotPlainError`: `recorder.Recorder` sees every operation, and takes twice as long. Not seen are parameters that
+functions change rather than methods of tensors (`out=`, `torch._foreach_mul_`); no loader of SGLang does that.
 """
 
 from __future__ import annotations

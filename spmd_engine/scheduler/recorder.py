@@ -159,11 +159,12 @@ class _ReachMode(TorchDispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        targets = self._recorder.parameters.among(_written(func, args, kwargs or {}))
+        written = _written(func, args, kwargs or {})
+        targets = self._recorder.parameters.among(written)
         if not targets:
             return func(*args, **(kwargs or {}))
         self._recorder.will_be_written(targets)
-        return args[0]
+        return written[0] if func._schema.returns else None
 
 
 class Parameters:
@@ -345,12 +346,12 @@ class Recorder:
         sources = self._sources(inputs)
         if sources is not None and not sources:  # it comes from what a weight should have filled
             self.will_be_written(targets)
-            return args[0]
-        if sources is None and not self._filled.isdisjoint(where for _, where in targets):
-            sources = frozenset()  # it replaces a weight
-        self.recording.constants += [where for _, where in targets]
-        self._writes.append(_Write(partial(func, *args, **kwargs), targets, sources))
-        return args[0]
+        else:
+            if sources is None and not self._filled.isdisjoint(where for _, where in targets):
+                sources = frozenset()  # it replaces a weight
+            self.recording.constants += [where for _, where in targets]
+            self._writes.append(_Write(partial(func, *args, **kwargs), targets, sources))
+        return written[0] if func._schema.returns else None
 
     def will_be_written(self, targets: Iterable[tuple[str, Region]]) -> None:
         """Note regions of parameters that the fallback writes."""

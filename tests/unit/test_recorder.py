@@ -282,6 +282,25 @@ def test_what_a_loader_does_to_parameters_after_it_has_filled_them(load, shapes)
         assert torch.equal(tensor, expected), name
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: torch.neg(p, out=p),
+        lambda p: torch._foreach_mul_([p[:2], p[2:]], 2.0),
+        lambda p: torch.addmm(p, p, p, out=p),
+    ],
+)
+def test_the_full_recorder_sees_functions_that_change_parameters(change):
+    def load(p, _, w):
+        p.data.copy_(w)
+        change(p.data)
+
+    model = Toy((4, 4), load, torch.float32)
+    _, recording = record(model, {"a": randn(4, 4, dtype=torch.float32)})
+    assert "after having filled it" in recording.fallback["a"] and not recording.copies
+    assert recording.fallback_parameters == {"p"} and not model.p.any()
+
+
 def test_a_parameter_that_is_cleared_before_it_is_filled_keeps_its_values_until_then():
     def load(model, weights):
         for name, w in weights.items():
