@@ -167,6 +167,29 @@ def check_kept_as_loaded(model: torch.nn.Module) -> None:
                 )
 
 
+@contextlib.contextmanager
+def addresses_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Let tensors that modules keep beside parameters stay where they are: CUDA graphs have their addresses.
+
+    SGLang's loaders derive some of them anew. Such a one is copied to where its predecessor was.
+    """
+    before = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    ]
+    yield
+    for module, name, old in before:
+        new = vars(module).get(name)
+        if new is old or not isinstance(new, torch.Tensor):
+            continue
+        if (new.shape, new.stride(), new.dtype, new.device) == (old.shape, old.stride(), old.dtype, old.device):
+            with torch.no_grad():
+                old.copy_(new)
+            setattr(module, name, old)
+
+
 def derivations(model: torch.nn.Module) -> list[Callable[[], Any]]:
     """What derives again all that modules derive from their parameters (MLA's w_kc and w_vc, for example)."""
     for name in _DERIVES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.plain_recorder import NotPlainError, PlainRecorder
-from spmd_engine.scheduler.recorder import DTYPE_NAMES, Recorder, Recording
+from spmd_engine.scheduler.recorder import DTYPE_NAMES, DTYPES, Recorder, Recording, zeros
 
 logger = logging.getLogger(__name__)
 _NAMES_SHOWN = 5
@@ -57,6 +57,13 @@ def recorded(
             it is loaded.
     """
     adapter.check_kept_as_loaded(model)
+    with adapter.addresses_kept(model):
+        return _recorded(model, layout, conversion, covers)
+
+
+def _recorded(
+    model: torch.nn.Module, layout: SourceLayout, conversion: Conversion, covers: Callable[[str], bool]
+) -> Loads:
     try:
         recording, converted = _record(PlainRecorder(model), layout, conversion)
         fallback = _cover(model, recording, covers)
@@ -64,10 +71,31 @@ def recorded(
             raise NotPlainError(f"{len(fallback)} weights need the fallback")
     except (NotPlainError, PlanError) as error:
         logger.info("the weights are recorded by every operation of their loader: %s", error)
-        recording, converted = _record(Recorder(model), layout, conversion)
+        recorder = Recorder(model)
+        recording, converted = _record(recorder, layout, conversion)
         fallback = _cover(model, recording, covers) | recording.fallback
+        if fallback:
+            without_values = {
+                weight.name: zeros(weight.shape, DTYPES[weight.dtype], recorder.device)
+                for weight in layout.weights
+                if weight.name in fallback
+            }
+            recorder.rehearse(as_loaded(without_values, converted, conversion))
     copies = [copy for copy in coverage.last_of_duplicates(recording.copies) if copy.weight not in fallback]
     return Loads(copies, fallback, converted, bool(recording.constants))
+
+
+def as_loaded(
+    weights: Mapping[str, torch.Tensor], converted: frozenset[str], conversion: Conversion
+) -> dict[str, torch.Tensor]:
+    """Weights of the fallback under the names, and in the form, that the model's loader knows.
+
+    Args:
+        converted: names of those that have others in a trainer.
+    """
+    direct = {name: tensor for name, tensor in weights.items() if name not in converted}
+    turned = {name: tensor for name, tensor in weights.items() if name in converted}
+    return {**direct, **conversion.to_checkpoint(turned)}
 
 
 class Foresight:
@@ -149,7 +177,9 @@ def _cover(model: torch.nn.Module, recording: Recording, covers: Callable[[str],
     fallback: dict[str, str] = {}
     missing: list[str] = []
     seen: set[int] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    written_buffers = {name: buffer for name, buffer in model.named_buffers() if name in touching}
+    for name, parameter in {**parameters, **written_buffers}.items():
         if parameter.dtype not in DTYPE_NAMES and (name in touching or name in recording.fallback_parameters):
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise PlanError(

@@ -3,8 +3,7 @@
 A `PlainStandIn` is a `meta` tensor of torch's own: a view of it costs what it costs in C++, and the storage that it
 shares says which weight it shows. What a loader calls is seen where Python calls torch, not in torch's dispatcher.
 Whatever is neither a view, nor a question about the shape, nor a copy into a parameter, ends the attempt with a
-`NotPlainError`: `recorder.Recorder` sees every operation, and takes twice as long. Not seen are parameters that
-functions change rather than methods of tensors (`out=`, `torch._foreach_mul_`); no loader of SGLang does that.
+`NotPlainError`: `recorder.Recorder` sees every operation, and takes twice as long.
 """
 
 from __future__ import annotations
@@ -19,7 +18,15 @@ import torch
 from spmd_engine.coverage import Region
 from spmd_engine.layout import Weight
 from spmd_engine.plan import RecordedCopy
-from spmd_engine.scheduler.recorder import DTYPE_NAMES, DTYPES, Parameters, Recording, region
+from spmd_engine.scheduler.recorder import (
+    DTYPE_NAMES,
+    DTYPES,
+    Parameters,
+    Recording,
+    region,
+    storage_id,
+    tensors_of,
+)
 
 _Tensor = torch.Tensor
 
@@ -56,8 +63,12 @@ _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)} | {
 }
 
 
-class NotPlainError(Exception):
-    """A loader does more with weights than to copy slices of them."""
+# torch's functions, of which some change their first argument (`neg_`), or another one (`out=`).
+_FUNCTIONS = {name for name in dir(torch._C._VariableFunctions) if not name.startswith("__")} & vars(torch).keys()
+
+
+class NotPlainError(BaseException):
+    """A loader does more with weights than to copy slices of them. Some loaders catch `Exception`, and go on."""
 
 
 class PlainStandIn(torch.Tensor):
@@ -77,10 +88,6 @@ class PlainStandIn(torch.Tensor):
         raise NotPlainError(f"its loader calls {getattr(func, '__name__', func)}")
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 class PlainRecorder:
     """Records one pass of `load_weights`.
 
@@ -97,7 +104,7 @@ class PlainRecorder:
     def stand_in(self, weight: Weight) -> torch.Tensor:
         """A tensor that stands for a weight of the trainer."""
         meta = torch.empty(weight.shape, dtype=DTYPES[weight.dtype], device="meta")
-        self._weights[_storage(meta)] = weight.name, meta
+        self._weights[storage_id(meta)] = weight.name, meta
         return meta.as_subclass(PlainStandIn)
 
     def run(self, weights: Sequence[tuple[str, torch.Tensor]]) -> Recording:
@@ -152,16 +159,28 @@ class PlainRecorder:
 
             return change
 
+        def function(original: Callable[..., Any], *, changes: bool) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                for target in tensors_of((*args[:changes], kwargs.get("out"))):
+                    self._refuse(target)
+                return original(*args, **kwargs)
+
+            return call
+
         watched = {name: refused(name) for name in _IN_PLACE}
         watched |= {"copy_": copy_, "fill_": constant("fill_"), "zero_": constant("zero_")}
         originals: dict[str, Callable[..., Any]] = {name: getattr(_Tensor, name) for name in watched}
         with contextlib.ExitStack() as undo:
-            for name, function in watched.items():
+            for name in _FUNCTIONS:
+                original = vars(torch)[name]
+                undo.callback(setattr, torch, name, original)
+                setattr(torch, name, function(original, changes=name.endswith("_")))
+            for name, method in watched.items():
                 if name in vars(_Tensor):
                     undo.callback(setattr, _Tensor, name, vars(_Tensor)[name])
                 else:  # inherited: what is set here hides it
                     undo.callback(delattr, _Tensor, name)
-                setattr(_Tensor, name, function)
+                setattr(_Tensor, name, method)
             yield
 
     def _refuse(self, target: torch.Tensor) -> None:
@@ -180,7 +199,7 @@ class PlainRecorder:
                 or source.numel() != target.numel()
             ):
                 raise NotPlainError("its loader copies a weight to somewhere else than a parameter, or repeats it")
-            name, weight = self._weights.get(_storage(source), ("", source))
+            name, weight = self._weights.get(storage_id(source), ("", source))
             if not name or source.dtype != weight.dtype:
                 raise NotPlainError("its loader converts a weight, or lays it out anew")
             view = source if source.shape == target.shape else source.expand(target.shape)

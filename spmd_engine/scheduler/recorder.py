@@ -9,14 +9,17 @@ more, or computes others from, after it has filled them.
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -31,11 +34,13 @@ DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat1
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # Operations whose result has the same elements as their input, laid out anew: nothing changes for a recorder.
 _RELAYOUTS = {aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.lift_fresh.default}
+_WEIGHT = ""
+_NAMES_SHOWN = 5
 _FILLS = {aten.fill_.Scalar, aten.zero_.default}
 
 
-class NeedsValuesError(Exception):
-    """A loader asked for the values of weights, which a recording does not have."""
+class NeedsValuesError(BaseException):
+    """A loader asked for the values of weights, which a recording does not have. Some catch `Exception`, and go on."""
 
     def __init__(self, names: Iterable[str], what: str) -> None:
         super().__init__(what)
@@ -151,7 +156,7 @@ class _RecordingMode(TorchDispatchMode):
         return self._recorder.dispatch_real(func, args, kwargs or {})
 
 
-class _ReachMode(TorchDispatchMode):
+class _RehearsalMode(TorchDispatchMode):
     """Notes which regions of parameters a loader writes, and lets it write none."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -226,8 +231,8 @@ class Recorder:
         self._filled: set[Region] = set()  # by copies of weights
         self._writes: list[_Write] = []
         # Tensors of the loader's own that come from parameters, which have their old values: by storage, with names of
-        # the parameters; none for what a weight should have filled. The tensor keeps its storage.
-        self._derived: dict[int, tuple[torch.Tensor, frozenset[str]]] = {}
+        # the parameters, or with _WEIGHT for what a weight should have filled. The reference keeps the id from another.
+        self._derived: dict[int, tuple[StorageWeakRef, frozenset[str]]] = {}
 
     def stand_in(self, weight: Weight) -> RecordingTensor:
         """A tensor that stands for a weight of the trainer."""
@@ -247,9 +252,10 @@ class Recorder:
         self._begin(Recording())
         while True:
             try:
-                with torch.no_grad(), _RecordingMode(self):
+                with torch.no_grad(), _everywhere(lambda: _RecordingMode(self)):
                     self._model.load_weights(iter(left))  # type: ignore[operator]
-                self._reach(unseen)
+                if unseen:
+                    self.rehearse({name: zeros(x.shape, x.dtype, self.device) for name, x in unseen})
                 return self._settled()
             except NeedsValuesError as error:
                 fallback = self.recording.fallback | dict.fromkeys(error.names, error.what)
@@ -271,22 +277,23 @@ class Recorder:
                     f"{type(error).__name__}: {error or 'wrong shape'}"
                 ) from error
 
-    def _reach(self, weights: Sequence[tuple[str, RecordingTensor]]) -> None:
-        """Note what the loader writes from weights whose values it asks for; zeros take their place.
+    def rehearse(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Load weights as the fallback will, without writing any parameter, and note which regions it will write.
+
+        Args:
+            weights: `zeros` in their place, by their names for the loader.
 
         Raises:
-            PlanError: it fails on zeros.
+            PlanError: the loader fails on them.
         """
-        if not weights:
-            return
-        zeros = [(name, torch.zeros((), dtype=x.dtype, device=self.device).expand(x.shape)) for name, x in weights]
         try:
-            with torch.no_grad(), _ReachMode(self):
-                self._model.load_weights(iter(zeros))  # type: ignore[operator]
+            with torch.no_grad(), _everywhere(lambda: _RehearsalMode(self)):
+                self._model.load_weights((name, zero.contiguous()) for name, zero in weights.items())  # type: ignore[operator]
         except Exception as error:
+            names = ", ".join(sorted(weights)[:_NAMES_SHOWN]) + (", ..." if len(weights) > _NAMES_SHOWN else "")
             raise PlanError(
-                f"cannot tell which parameters {[name for name, _ in zeros]} fill: the engine's loader looks at their "
-                f"values, and fails on zeros: {type(error).__name__}: {error}"
+                f"the engine's loader would have to load {names} by itself, and fails on zeros in their place: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
     def _settle_writes(self) -> None:
@@ -335,16 +342,16 @@ class Recorder:
         targets = self.parameters.among(written)
         if not targets:
             result = func(*args, **kwargs)
-            sources = self._sources(_tensors(args, kwargs))
+            sources = self._sources(tensors_of(args, kwargs))
             if sources is not None:
-                for tensor in (*written, *_tensors((result,))):
+                for tensor in (*written, *tensors_of((result,))):
                     if self.parameters.at(tensor) is None:  # else it is a view of one
-                        self._derived[_storage(tensor)] = tensor, sources
+                        self._derive(tensor, sources)
             return result
         # What is changed in place comes from itself; what is filled or copied to does not.
-        inputs = [] if func in _FILLS else _tensors(args[1:] if func is aten.copy_.default else args, kwargs)
+        inputs = [] if func in _FILLS else tensors_of(args[1:] if func is aten.copy_.default else args, kwargs)
         sources = self._sources(inputs)
-        if sources is not None and not sources:  # it comes from what a weight should have filled
+        if sources is not None and _WEIGHT in sources:
             self.will_be_written(targets)
         else:
             if sources is None and not self._filled.isdisjoint(where for _, where in targets):
@@ -358,12 +365,15 @@ class Recorder:
         self.recording.fallback_parameters |= {name for name, _ in targets}
         self.recording.constants += [where for _, where in targets]
 
+    def _derive(self, tensor: torch.Tensor, sources: frozenset[str]) -> None:
+        self._derived[storage_id(tensor)] = StorageWeakRef(tensor.untyped_storage()), sources
+
     def _sources(self, tensors: Iterable[torch.Tensor]) -> frozenset[str] | None:
-        """Names of the parameters that the tensors come from; None if they come from none, nor from a weight."""
+        """Names of the parameters that the tensors come from, and _WEIGHT; None if they come from neither."""
         found: set[str] | None = None
         for tensor in tensors:
             name = self.parameters.at(tensor)
-            known = frozenset([name]) if name is not None else self._derived.get(_storage(tensor), (None, None))[1]
+            known = frozenset([name]) if name is not None else self._derived.get(storage_id(tensor), (None, None))[1]
             if known is not None:
                 found = (found or set()) | known
         return None if found is None else frozenset(found)
@@ -418,7 +428,7 @@ class Recorder:
         targets = self.parameters.among([destination])
         self.will_be_written(targets)
         if not targets:
-            self._derived[_storage(destination)] = destination, frozenset()
+            self._derive(destination, frozenset([_WEIGHT]))
 
     def _copy(self, destination: torch.Tensor, source: RecordingTensor) -> None:
         if not destination.numel() and not source.numel():
@@ -455,7 +465,7 @@ class Recorder:
         )
 
 
-def _tensors(args: Any, kwargs: Any = None) -> list[torch.Tensor]:
+def tensors_of(args: Any, kwargs: Any = None) -> list[torch.Tensor]:
     """The tensors among arguments or results, which may be in lists. (torch's pytree takes ten times as long.)"""
     found = []
     for x in (*args, *kwargs.values()) if kwargs else args:
@@ -466,8 +476,33 @@ def _tensors(args: Any, kwargs: Any = None) -> list[torch.Tensor]:
     return found
 
 
+@contextlib.contextmanager
+def _everywhere(mode: Callable[[], TorchDispatchMode]) -> Iterator[None]:
+    """A dispatch mode for this thread, and for those that a loader starts meanwhile."""
+    submit = ThreadPoolExecutor.submit
+
+    def submit_in_mode(pool: ThreadPoolExecutor, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        def run() -> Any:
+            with torch.no_grad(), mode():
+                return function(*args, **kwargs)
+
+        return submit(pool, run)
+
+    ThreadPoolExecutor.submit = submit_in_mode  # type: ignore[method-assign, assignment]
+    try:
+        with mode():
+            yield
+    finally:
+        ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
+
+
+def zeros(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros in place of a weight, which take no memory before they are made contiguous."""
+    return torch.zeros((), dtype=dtype, device=device).expand(*shape)
+
+
 def _stand_ins(args: Any, kwargs: Any) -> list[RecordingTensor]:
-    return [x for x in _tensors(args, kwargs) if isinstance(x, RecordingTensor)]
+    return [x for x in tensors_of(args, kwargs) if isinstance(x, RecordingTensor)]
 
 
 def _to_meta(x: Any) -> Any:
@@ -494,19 +529,19 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]
     if not func._schema.is_mutable:
         return []
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    return _tensors([given.get(x.name) for x in func._schema.arguments if x.alias_info and x.alias_info.is_write])
+    return tensors_of([given.get(x.name) for x in func._schema.arguments if x.alias_info and x.alias_info.is_write])
 
 
 def _name(func: Any) -> str:
     return str(func.overloadpacket.__name__)
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return _storage(a) == _storage(b)
+    return storage_id(a) == storage_id(b)
 
 
 def _is_shape_error(error: Exception) -> bool:

@@ -25,7 +25,7 @@ from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan, numbered
 from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
-from spmd_engine.scheduler.loading import Foresight, Loads, check_all_used, recorded, write_constants
+from spmd_engine.scheduler.loading import Foresight, Loads, as_loaded, check_all_used, recorded, write_constants
 from spmd_engine.scheduler.recorder import DTYPES
 from spmd_engine.scheduler.staging import Staging
 from spmd_engine.staged import StagedTransfer
@@ -370,13 +370,13 @@ class WeightsKeeper:
         # Before the fallback, whose loaders may work in place.
         wrong = prepared.transfer.compare() if verify else None
         if prepared.buffers:
-            direct = {n: t for n, t in prepared.buffers.items() if n not in prepared.converted}
-            turned = {n: t for n, t in prepared.buffers.items() if n in prepared.converted}
-            with torch.no_grad():
-                model.load_weights(iter({**direct, **self.conversion.to_checkpoint(turned)}.items()))  # type: ignore[operator]
-        with torch.no_grad():
-            for derive in prepared.derivations:
-                derive()
+            named = as_loaded(prepared.buffers, prepared.converted, self.conversion)
+            with torch.no_grad(), adapter.addresses_kept(model):
+                model.load_weights(iter(named.items()))  # type: ignore[operator]
+        if prepared.derivations:
+            with torch.no_grad(), adapter.addresses_kept(model):
+                for derive in prepared.derivations:
+                    derive()
         prepared.transfer.wait()
         return device_s, wrong
 

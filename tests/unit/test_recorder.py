@@ -345,7 +345,9 @@ def test_a_loader_that_fails_on_other_values_is_refused():
             getattr(model, name).data.fill_(1 / w.item())
 
     layout = SourceLayout((Weight("scale", (1,), "float32"),), ())
-    with pytest.raises(PlanError, match=r"which parameters \['scale'\] fill: .*ZeroDivisionError"):
+    with pytest.raises(
+        PlanError, match=r"would have to load scale by itself, and fails on zeros .*: ZeroDivisionError"
+    ):
         recorded(Several(load, scale=(1,)), layout, Conversion(None))
 
 
@@ -372,6 +374,94 @@ def test_what_parts_of_a_model_derive_is_derived_again():
             derive()
         assert part.derived.tolist() == [6] * 4
     assert adapter.derivations(wrapper.tower) == []
+
+
+def test_a_loader_that_wants_all_weights_at_once_is_refused_before_anything_is_written():
+    def load(model, weights):
+        for name, w in weights.items():
+            getattr(model, name).data.copy_(w + 1 if name == "a" else w)
+        assert weights.keys() == {"a", "b"}, "some weights are not loaded"  # as SGLang's Step-3.5 does
+
+    model = Several(load, a=(4,), b=(4,))
+    layout = SourceLayout((Weight("a", (4,), "float32"), Weight("b", (4,), "float32")), ())
+    with pytest.raises(PlanError, match=r"would have to load a by itself.*some weights are not loaded"):
+        recorded(model, layout, Conversion(None))
+    assert model.a.tolist() == [1] * 4
+
+
+def test_a_loader_that_goes_on_after_errors():
+    def load(model, weights):  # as SGLang's MiniMax-M3 does
+        for name, w in weights.items():
+            try:
+                getattr(model, name).data.copy_(w)
+                getattr(model, name).data.mul_(2)
+            except Exception:
+                continue
+
+    model = Several(load, a=(4,))
+    assert [*loaded_as_recorded(model, a=torch.arange(4.0)).fallback] == ["a"]
+    assert model.a.tolist() == [0, 2, 4, 6]
+
+
+def test_norms_of_gemma_with_what_sglang_computes_from_them():
+    from sglang.srt.layers.layernorm import GemmaRMSNorm
+
+    def load(model, weights):
+        model.norm.weight.weight_loader(model.norm.weight, weights["weight"])
+
+    model = Several(load)
+    model.norm = GemmaRMSNorm(4)
+    model.norm.weight.requires_grad_(False)
+    loads = loaded_as_recorded(model, weight=torch.arange(4.0))
+    assert [*loads.fallback] == ["weight"]
+    assert model.norm.weight.tolist() == [0, 1, 2, 3] and model.norm.gemma_weight.tolist() == [1, 2, 3, 4]
+
+
+def test_a_temporary_of_a_weight_and_a_buffer():
+    def load(model, weights):
+        between = torch.full((4,), 9.0)
+        between.copy_(weights["a"])
+        model.a.data.copy_(between * model.rest)
+
+    model = Several(load, a=(4,))
+    assert [*loaded_as_recorded(model, a=torch.arange(4.0)).fallback] == ["a"]
+    assert model.a.tolist() == [0, 3, 6, 9]
+
+
+def test_threads_that_do_more_than_to_copy():
+    def load(model, weights):
+        def one(name):
+            getattr(model, name).data.copy_(weights[name])
+            getattr(model, name).data.copy_(-model.a.data)
+
+        with ThreadPoolExecutor(1) as pool:
+            list(pool.map(one, weights))
+
+    model = Several(load, a=(4,))
+    assert [*loaded_as_recorded(model, a=torch.arange(4.0)).fallback] == ["a"]
+    assert model.a.tolist() == [0, -1, -2, -3]
+
+
+def test_a_buffer_that_is_filled_twice():
+    def load(model, weights):
+        model.a.data.copy_(weights["a"])
+        model.rest.copy_(weights["a"])
+        model.rest[:2].fill_(7)
+
+    model = Several(load, a=(4,))
+    assert [*loaded_as_recorded(model, a=torch.arange(4.0)).fallback] == ["a"]
+    assert model.rest.tolist() == [7, 7, 2, 3]
+
+
+def test_what_a_loader_derives_anew_stays_where_it_was():
+    def load(model, weights):
+        model.a.data.copy_(weights["a"])
+        model.derived = torch.full((2,), 5.0)
+
+    model = Several(load, a=(4,))
+    model.derived = derived = torch.zeros(2)  # a CUDA graph may have its address
+    recorded(model, SourceLayout((Weight("a", (4,), "float32"),), ()), Conversion(None))
+    assert model.derived is derived and derived.tolist() == [5, 5]
 
 
 def test_a_weight_that_the_loader_skips_is_not_used():
