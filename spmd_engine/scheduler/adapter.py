@@ -167,18 +167,35 @@ def check_kept_as_loaded(model: torch.nn.Module) -> None:
                 )
 
 
+def _attributes(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor]]:
+    """The tensors that modules keep without registering them."""
+    return [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+@contextlib.contextmanager
+def attributes_restored(model: torch.nn.Module) -> Iterator[None]:
+    """Give modules the tensors back that they had beside parameters: a recording derives others from no values."""
+    before = _attributes(model)
+    try:
+        yield
+    finally:
+        for module, name, old in before:
+            if vars(module).get(name) is not old:
+                setattr(module, name, old)
+
+
 @contextlib.contextmanager
 def addresses_kept(model: torch.nn.Module) -> Iterator[None]:
     """Let tensors that modules keep beside parameters stay where they are: CUDA graphs have their addresses.
 
     SGLang's loaders derive some of them anew. Such a one is copied to where its predecessor was.
     """
-    before = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, torch.Tensor)
-    ]
+    before = _attributes(model)
     yield
     for module, name, old in before:
         new = vars(module).get(name)

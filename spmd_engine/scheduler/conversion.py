@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from spmd_engine.errors import ConfigError
-from spmd_engine.scheduler.recorder import DTYPE_NAMES
+from spmd_engine.scheduler.recording import DTYPE_NAMES
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T", bound=torch.Tensor)

@@ -18,7 +18,9 @@ from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.plain_recorder import NotPlainError, PlainRecorder
-from spmd_engine.scheduler.recorder import DTYPE_NAMES, DTYPES, Recorder, Recording, zeros
+from spmd_engine.scheduler.recorder import Recorder
+from spmd_engine.scheduler.recording import DTYPE_NAMES, DTYPES, Recording
+from spmd_engine.scheduler.rehearsal import rehearse, zeros
 
 logger = logging.getLogger(__name__)
 _NAMES_SHOWN = 5
@@ -57,7 +59,7 @@ def recorded(
             it is loaded.
     """
     adapter.check_kept_as_loaded(model)
-    with adapter.addresses_kept(model):
+    with adapter.attributes_restored(model):
         return _recorded(model, layout, conversion, covers)
 
 
@@ -80,7 +82,7 @@ def _recorded(
                 for weight in layout.weights
                 if weight.name in fallback
             }
-            recorder.rehearse(as_loaded(without_values, converted, conversion))
+            rehearse(model, as_loaded(without_values, converted, conversion), recording, recorder.parameters)
     copies = [copy for copy in coverage.last_of_duplicates(recording.copies) if copy.weight not in fallback]
     return Loads(copies, fallback, converted, bool(recording.constants))
 

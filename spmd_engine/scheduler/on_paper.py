@@ -25,7 +25,7 @@ from spmd_engine.layout import SourceLayout, Weight
 from spmd_engine.scheduler import starting
 from spmd_engine.scheduler.conversion import Conversion, Described
 from spmd_engine.scheduler.loading import check_all_used, recorded
-from spmd_engine.scheduler.recorder import all_tensors
+from spmd_engine.scheduler.recording import all_tensors
 from spmd_engine.scheduler.survey import wants_and_fallback
 from spmd_engine.wants import to_plain
 

@@ -14,11 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from spmd_engine.coverage import Region
 from spmd_engine.layout import Weight
 from spmd_engine.plan import RecordedCopy
-from spmd_engine.scheduler.recorder import (
+from spmd_engine.scheduler.recording import (
     DTYPE_NAMES,
     DTYPES,
     Parameters,
@@ -63,8 +64,8 @@ _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)} | {
 }
 
 
-# torch's functions, of which some change their first argument (`neg_`), or another one (`out=`).
-_FUNCTIONS = {name for name in dir(torch._C._VariableFunctions) if not name.startswith("__")} & vars(torch).keys()
+# The same as functions of their own.
+_CHANGES = {value for name, value in vars(torch).items() if name.endswith("_") and callable(value)}
 
 
 class NotPlainError(BaseException):
@@ -86,6 +87,23 @@ class PlainStandIn(torch.Tensor):
                     return result.as_subclass(PlainStandIn)
                 return tuple(one.as_subclass(PlainStandIn) for one in result)
         raise NotPlainError(f"its loader calls {getattr(func, '__name__', func)}")
+
+
+class _Functions(TorchFunctionMode):
+    """Sees the functions that are no methods: some change an argument, or another one (`out=`)."""
+
+    def __init__(self, refuse: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self._refuse = refuse
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs and "out" in kwargs:
+            for target in tensors_of((kwargs["out"],)):
+                self._refuse(target)
+        elif func in _CHANGES:
+            for target in tensors_of(args[:1]):
+                self._refuse(target)
+        return func(*args, **(kwargs or {}))
 
 
 class PlainRecorder:
@@ -118,7 +136,7 @@ class PlainRecorder:
         """
         self._recording, self._fills = Recording(), []
         try:
-            with torch.no_grad(), self._watch():
+            with torch.no_grad(), self._watch(), _Functions(self._refuse):
                 self._model.load_weights(iter(weights))  # type: ignore[operator]
         except Exception as error:
             raise NotPlainError(str(error)) from error
@@ -159,22 +177,10 @@ class PlainRecorder:
 
             return change
 
-        def function(original: Callable[..., Any], *, changes: bool) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                for target in tensors_of((*args[:changes], kwargs.get("out"))):
-                    self._refuse(target)
-                return original(*args, **kwargs)
-
-            return call
-
         watched = {name: refused(name) for name in _IN_PLACE}
         watched |= {"copy_": copy_, "fill_": constant("fill_"), "zero_": constant("zero_")}
         originals: dict[str, Callable[..., Any]] = {name: getattr(_Tensor, name) for name in watched}
         with contextlib.ExitStack() as undo:
-            for name in _FUNCTIONS:
-                original = vars(torch)[name]
-                undo.callback(setattr, torch, name, original)
-                setattr(torch, name, function(original, changes=name.endswith("_")))
             for name, method in watched.items():
                 if name in vars(_Tensor):
                     undo.callback(setattr, _Tensor, name, vars(_Tensor)[name])

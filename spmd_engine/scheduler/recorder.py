@@ -9,34 +9,32 @@ more, or computes others from, after it has filled them.
 
 from __future__ import annotations
 
-import contextlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from spmd_engine import coverage
-from spmd_engine.coverage import Region
 from spmd_engine.errors import PlanError
 from spmd_engine.layout import Weight
 from spmd_engine.plan import RecordedCopy
+from spmd_engine.scheduler.other_writes import WEIGHT, OtherWrites
+from spmd_engine.scheduler.recording import (
+    DTYPE_NAMES,
+    DTYPES,
+    Parameters,
+    Recording,
+    region,
+    storage_id,
+    tensors_of,
+)
+from spmd_engine.scheduler.rehearsal import everywhere, rehearse, zeros
 
 aten = torch.ops.aten
-DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # Operations whose result has the same elements as their input, laid out anew: nothing changes for a recorder.
 _RELAYOUTS = {aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.lift_fresh.default}
-_WEIGHT = ""
-_NAMES_SHOWN = 5
-_FILLS = {aten.fill_.Scalar, aten.zero_.default}
 
 
 class NeedsValuesError(BaseException):
@@ -45,27 +43,6 @@ class NeedsValuesError(BaseException):
     def __init__(self, names: Iterable[str], what: str) -> None:
         super().__init__(what)
         self.names, self.what = frozenset(names), what
-
-
-@dataclass
-class Recording:
-    """What `load_weights` did.
-
-    Attributes:
-        copies: in the order in which they were made.
-        fallback: names of weights whose loading is not a plain copy, and why it is not.
-        fallback_parameters: names of the parameters that such weights reach.
-        constants: (address, sizes, strides) of regions that the loader filled by itself, or the fallback will.
-    """
-
-    copies: list[RecordedCopy] = field(default_factory=list)
-    fallback: dict[str, str] = field(default_factory=dict)
-    fallback_parameters: set[str] = field(default_factory=set)
-    constants: list[Region] = field(default_factory=list)
-
-    def used(self) -> set[str]:
-        """Names of the weights that the loader took."""
-        return {copy.weight for copy in self.copies} | self.fallback.keys()
 
 
 class RecordingTensor(torch.Tensor):
@@ -120,24 +97,6 @@ class RecordingTensor(torch.Tensor):
         return inputs[0].recorder.dispatch(func, args, kwargs or {}, inputs)
 
 
-@dataclass(frozen=True)
-class _Write:
-    """An operation that changes parameters by something else than a weight. It waits until all copies are known.
-
-    Attributes:
-        targets: the parameters, and which regions of them.
-        sources: names of parameters that it depends on; None for a constant.
-    """
-
-    run: Callable[[], Any]
-    targets: list[tuple[str, Region]]
-    sources: frozenset[str] | None
-
-    def touches(self, parameters: set[str]) -> bool:
-        """Whether it has to do with some of the parameters."""
-        return not parameters.isdisjoint(self.sources or ()) or any(name in parameters for name, _ in self.targets)
-
-
 class _RecordingMode(TorchDispatchMode):
     """Sees all operations of a loader, and hands them on."""
 
@@ -153,63 +112,7 @@ class _RecordingMode(TorchDispatchMode):
         inputs = _stand_ins(args, kwargs)
         if inputs:
             return self._recorder.dispatch(func, args, kwargs or {}, inputs)
-        return self._recorder.dispatch_real(func, args, kwargs or {})
-
-
-class _RehearsalMode(TorchDispatchMode):
-    """Notes which regions of parameters a loader writes, and lets it write none."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        written = _written(func, args, kwargs or {})
-        targets = self._recorder.parameters.among(written)
-        if not targets:
-            return func(*args, **(kwargs or {}))
-        self._recorder.will_be_written(targets)
-        return written[0] if func._schema.returns else None
-
-
-class Parameters:
-    """Where the parameters and buffers of a model are."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.device = next(model.parameters()).device
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._spans: dict[int, tuple[int, str]] = {}  # start -> end, the first of its names
-        for name, tensor in all_tensors(model):
-            self._tensors[name] = tensor
-            if tensor.numel():
-                self._spans.setdefault(tensor.data_ptr(), (tensor.data_ptr() + tensor.nbytes, name))
-        self._starts = sorted(self._spans)
-
-    def at(self, tensor: torch.Tensor) -> str | None:
-        """Name of the parameter or buffer that `tensor` is a view of."""
-        address = tensor.data_ptr()
-        at = bisect_right(self._starts, address) - 1
-        if at < 0 or not tensor.numel():
-            return None
-        end, name = self._spans[self._starts[at]]
-        return name if address < end else None
-
-    def among(self, tensors: Iterable[torch.Tensor]) -> list[tuple[str, Region]]:
-        """Of those tensors that are views of parameters or buffers the names of these, and the regions."""
-        return [(name, region(tensor)) for tensor in tensors if (name := self.at(tensor)) is not None]
-
-    def overlap(self, name: str, where: Region, copies: Iterable[RecordedCopy]) -> bool:
-        """Whether some of the copies write to a region of a parameter, as far as it can be told."""
-        regions = {coverage.region_of(copy) for copy in copies if copy.parameter == name}
-        if not regions:
-            return False
-        tensor = self._tensors[name]
-        base, shape = tensor.data_ptr(), tuple(tensor.shape)
-        return (
-            where in regions
-            or not tensor.is_contiguous()
-            or coverage.uncovered([where, *regions], base, tensor.element_size(), shape) is None
-        )
+        return self._recorder.others.perform(func, args, kwargs or {})
 
 
 class Recorder:
@@ -228,11 +131,7 @@ class Recorder:
 
     def _begin(self, recording: Recording) -> None:
         self.recording = recording
-        self._filled: set[Region] = set()  # by copies of weights
-        self._writes: list[_Write] = []
-        # Tensors of the loader's own that come from parameters, which have their old values: by storage, with names of
-        # the parameters, or with _WEIGHT for what a weight should have filled. The reference keeps the id from another.
-        self._derived: dict[int, tuple[StorageWeakRef, frozenset[str]]] = {}
+        self.others = OtherWrites(recording, self.parameters)
 
     def stand_in(self, weight: Weight) -> RecordingTensor:
         """A tensor that stands for a weight of the trainer."""
@@ -252,10 +151,11 @@ class Recorder:
         self._begin(Recording())
         while True:
             try:
-                with torch.no_grad(), _everywhere(lambda: _RecordingMode(self)):
+                with torch.no_grad(), everywhere(lambda: _RecordingMode(self)):
                     self._model.load_weights(iter(left))  # type: ignore[operator]
                 if unseen:
-                    self.rehearse({name: zeros(x.shape, x.dtype, self.device) for name, x in unseen})
+                    stand_for = {name: zeros(x.shape, x.dtype, self.device) for name, x in unseen}
+                    rehearse(self._model, stand_for, self.recording, self.parameters)
                 return self._settled()
             except NeedsValuesError as error:
                 fallback = self.recording.fallback | dict.fromkeys(error.names, error.what)
@@ -277,106 +177,15 @@ class Recorder:
                     f"{type(error).__name__}: {error or 'wrong shape'}"
                 ) from error
 
-    def rehearse(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Load weights as the fallback will, without writing any parameter, and note which regions it will write.
-
-        Args:
-            weights: `zeros` in their place, by their names for the loader.
-
-        Raises:
-            PlanError: the loader fails on them.
-        """
-        try:
-            with torch.no_grad(), _everywhere(lambda: _RehearsalMode(self)):
-                self._model.load_weights((name, zero.contiguous()) for name, zero in weights.items())  # type: ignore[operator]
-        except Exception as error:
-            names = ", ".join(sorted(weights)[:_NAMES_SHOWN]) + (", ..." if len(weights) > _NAMES_SHOWN else "")
-            raise PlanError(
-                f"the engine's loader would have to load {names} by itself, and fails on zeros in their place: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-
-    def _settle_writes(self) -> None:
-        """Do the writes that depend on no weight, and leave the weights on which others depend to the fallback."""
-        recording = self.recording
-        weighted = {copy.parameter for copy in recording.copies} | recording.fallback_parameters
-        involved: set[str] = set()
-        constant = self._writes
-        while True:  # until no more of them turn out to depend on weights
-            of_weights, others = list[_Write](), list[_Write]()
-            for one in constant:
-                depends = one.sources is not None and one.touches(weighted)
-                (of_weights if depends else others).append(one)
-            if not of_weights:
-                break
-            for one in of_weights:
-                involved |= {*(name for name, _ in one.targets), *(one.sources or ())}
-                recording.fallback_parameters |= {name for name, _ in one.targets}
-            weighted |= involved
-            constant = others
-        for copy in recording.copies:
-            if copy.parameter in involved:
-                why = f"its loader changes {copy.parameter}, or computes with it, after having filled it"
-                recording.fallback.setdefault(copy.weight, why)
-        with torch.no_grad():
-            for one in constant:
-                # The parameters may be in use: what weights replace keeps its values until they come.
-                if not any(self.parameters.overlap(name, where, recording.copies) for name, where in one.targets):
-                    one.run()
-
     def _settled(self) -> Recording:
         """The recording, without copies of weights that turned out to need the fallback after they were made."""
-        self._settle_writes()
+        self.others.settle()
         recording = self.recording
         dropped = [copy for copy in recording.copies if copy.weight in recording.fallback]
         recording.constants += [(copy.dst_address, copy.sizes, copy.dst_strides) for copy in dropped]
         recording.fallback_parameters |= {copy.parameter for copy in dropped}
         recording.copies = [copy for copy in recording.copies if copy.weight not in recording.fallback]
         return recording
-
-    # ---- operations without stand-ins ----
-
-    def dispatch_real(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What an operation on the loader's own tensors and on parameters does."""
-        written = _written(func, args, kwargs)
-        targets = self.parameters.among(written)
-        if not targets:
-            result = func(*args, **kwargs)
-            sources = self._sources(tensors_of(args, kwargs))
-            if sources is not None:
-                for tensor in (*written, *tensors_of((result,))):
-                    if self.parameters.at(tensor) is None:  # else it is a view of one
-                        self._derive(tensor, sources)
-            return result
-        # What is changed in place comes from itself; what is filled or copied to does not.
-        inputs = [] if func in _FILLS else tensors_of(args[1:] if func is aten.copy_.default else args, kwargs)
-        sources = self._sources(inputs)
-        if sources is not None and _WEIGHT in sources:
-            self.will_be_written(targets)
-        else:
-            if sources is None and not self._filled.isdisjoint(where for _, where in targets):
-                sources = frozenset()  # it replaces a weight
-            self.recording.constants += [where for _, where in targets]
-            self._writes.append(_Write(partial(func, *args, **kwargs), targets, sources))
-        return written[0] if func._schema.returns else None
-
-    def will_be_written(self, targets: Iterable[tuple[str, Region]]) -> None:
-        """Note regions of parameters that the fallback writes."""
-        self.recording.fallback_parameters |= {name for name, _ in targets}
-        self.recording.constants += [where for _, where in targets]
-
-    def _derive(self, tensor: torch.Tensor, sources: frozenset[str]) -> None:
-        self._derived[storage_id(tensor)] = StorageWeakRef(tensor.untyped_storage()), sources
-
-    def _sources(self, tensors: Iterable[torch.Tensor]) -> frozenset[str] | None:
-        """Names of the parameters that the tensors come from, and _WEIGHT; None if they come from neither."""
-        found: set[str] | None = None
-        for tensor in tensors:
-            name = self.parameters.at(tensor)
-            known = frozenset([name]) if name is not None else self._derived.get(storage_id(tensor), (None, None))[1]
-            if known is not None:
-                found = (found or set()) | known
-        return None if found is None else frozenset(found)
 
     # ---- operations on stand-ins ----
 
@@ -426,9 +235,9 @@ class Recorder:
         if not isinstance(destination, torch.Tensor) or isinstance(destination, RecordingTensor):
             return
         targets = self.parameters.among([destination])
-        self.will_be_written(targets)
+        self.recording.leave_to_fallback(targets)
         if not targets:
-            self._derive(destination, frozenset([_WEIGHT]))
+            self.others.derive(destination, frozenset([WEIGHT]))
 
     def _copy(self, destination: torch.Tensor, source: RecordingTensor) -> None:
         if not destination.numel() and not source.numel():
@@ -450,7 +259,7 @@ class Recorder:
             self._fall_back(destination, source.origins, why)
             return
         (weight,) = source.origins
-        self._filled.add(region(destination))
+        self.others.filled.add(region(destination))
         self.recording.copies.append(
             RecordedCopy(
                 weight=weight,
@@ -465,42 +274,6 @@ class Recorder:
         )
 
 
-def tensors_of(args: Any, kwargs: Any = None) -> list[torch.Tensor]:
-    """The tensors among arguments or results, which may be in lists. (torch's pytree takes ten times as long.)"""
-    found = []
-    for x in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(x, torch.Tensor):
-            found.append(x)
-        elif isinstance(x, (list, tuple)):
-            found += [y for y in x if isinstance(y, torch.Tensor)]
-    return found
-
-
-@contextlib.contextmanager
-def _everywhere(mode: Callable[[], TorchDispatchMode]) -> Iterator[None]:
-    """A dispatch mode for this thread, and for those that a loader starts meanwhile."""
-    submit = ThreadPoolExecutor.submit
-
-    def submit_in_mode(pool: ThreadPoolExecutor, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        def run() -> Any:
-            with torch.no_grad(), mode():
-                return function(*args, **kwargs)
-
-        return submit(pool, run)
-
-    ThreadPoolExecutor.submit = submit_in_mode  # type: ignore[method-assign, assignment]
-    try:
-        with mode():
-            yield
-    finally:
-        ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
-
-
-def zeros(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros in place of a weight, which take no memory before they are made contiguous."""
-    return torch.zeros((), dtype=dtype, device=device).expand(*shape)
-
-
 def _stand_ins(args: Any, kwargs: Any) -> list[RecordingTensor]:
     return [x for x in tensors_of(args, kwargs) if isinstance(x, RecordingTensor)]
 
@@ -513,31 +286,8 @@ def _to_meta(x: Any) -> Any:
     return [_to_meta(y) for y in x] if isinstance(x, (list, tuple)) else x
 
 
-def all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers; one storage may appear under several names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def region(tensor: torch.Tensor) -> Region:
-    """Address, sizes and strides."""
-    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
-
-
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors among an operation's arguments that it changes."""
-    if not func._schema.is_mutable:
-        return []
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    return tensors_of([given.get(x.name) for x in func._schema.arguments if x.alias_info and x.alias_info.is_write])
-
-
 def _name(func: Any) -> str:
     return str(func.overloadpacket.__name__)
-
-
-def storage_id(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

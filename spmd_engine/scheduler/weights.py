@@ -26,7 +26,7 @@ from spmd_engine.probe import Probe
 from spmd_engine.scheduler import adapter
 from spmd_engine.scheduler.conversion import Conversion
 from spmd_engine.scheduler.loading import Foresight, Loads, as_loaded, check_all_used, recorded, write_constants
-from spmd_engine.scheduler.recorder import DTYPES
+from spmd_engine.scheduler.recording import DTYPES
 from spmd_engine.scheduler.staging import Staging
 from spmd_engine.staged import StagedTransfer
 from spmd_engine.stats import UpdateStats
