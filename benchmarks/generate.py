@@ -21,7 +21,7 @@ from pathlib import Path
 from launcher import launch, launched
 from options import positive, sequences_x_tokens
 
-from spmd_engine.shapes import SHAPES
+from spmd_engine.on_paper.model_shapes import SHAPES
 
 
 def parse() -> argparse.Namespace:

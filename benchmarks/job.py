@@ -18,7 +18,7 @@ import torch.distributed as dist
 from stock import CPU_ARGS
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from spmd_engine.shapes import model_directory
+from spmd_engine.on_paper.model_shapes import model_directory
 
 LEAST_KV_TOKENS = 8192
 CPU_PREFILL_TOKENS = 8192

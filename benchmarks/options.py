@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from spmd_engine.shapes import SHAPES
+from spmd_engine.on_paper.model_shapes import SHAPES
 
 TRAINERS = ("fsdp2", "fsdp1", "plain")
 OFFLOADS = ("none", "pinned", "pageable")

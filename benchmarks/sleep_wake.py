@@ -17,7 +17,7 @@ from pathlib import Path
 from launcher import launch, launched
 from options import positive
 
-from spmd_engine.shapes import SHAPES
+from spmd_engine.on_paper.model_shapes import SHAPES
 
 ENVIRONMENT = {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "1"}  # else CUDA graphs keep their memory
 

@@ -22,7 +22,7 @@ import torch
 from launcher import end_with_parent
 from processes import Held, cpu_s, held_by
 
-from spmd_engine.process import child_environment
+from spmd_engine.trainer.environment import child_environment
 
 CPU_ARGS = {
     "device": "cpu",

@@ -27,9 +27,9 @@ from spmd_engine.errors import (
 )
 
 if TYPE_CHECKING:
+    from spmd_engine.control.messages import FunctionCall
     from spmd_engine.engine import SpmdEngine
-    from spmd_engine.explain import LinkSpeeds, PlanReport
-    from spmd_engine.requests import FunctionCall
+    from spmd_engine.planning.report import LinkSpeeds, PlanReport
     from spmd_engine.stats import EngineStats, UpdateStats
     from spmd_engine.verl_engine import VerlEngine
 
@@ -77,11 +77,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(stats, name)
     if name == "FunctionCall":
-        from spmd_engine.requests import FunctionCall
+        from spmd_engine.control.messages import FunctionCall
 
         return FunctionCall
     if name in ("LinkSpeeds", "PlanReport"):
-        from spmd_engine import explain
+        from spmd_engine.planning import report
 
-        return getattr(explain, name)
+        return getattr(report, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

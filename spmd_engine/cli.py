@@ -13,10 +13,10 @@ from pathlib import Path
 from spmd_engine import doctor
 from spmd_engine.doctor.findings import as_text, exit_status
 from spmd_engine.errors import SpmdEngineError
-from spmd_engine.explain import LinkSpeeds
-from spmd_engine.layout import ITEM_SIZE
-from spmd_engine.on_paper import PLACEMENTS, Cluster, plan_on_paper
-from spmd_engine.shapes import SHAPES
+from spmd_engine.on_paper.model_shapes import SHAPES
+from spmd_engine.on_paper.plan import PLACEMENTS, Cluster, plan_on_paper
+from spmd_engine.planning.layout import ITEM_SIZE
+from spmd_engine.planning.report import LinkSpeeds
 
 _PLAN = """What a weight update moves in a cluster of any shape, and how long it must take at least: without GPUs and
 without weights. SGLang's own load_weights is recorded for every tensor-parallel rank."""

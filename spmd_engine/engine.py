@@ -10,20 +10,20 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
-from spmd_engine import requests as req
-from spmd_engine import tracing
-from spmd_engine.async_requests import AsyncRequests
-from spmd_engine.caller import Caller
-from spmd_engine.channel import Coming
+from spmd_engine.control.messages import Coming
 from spmd_engine.errors import MEMORY_TAGS, InvalidRequestError, MemoryNotOfferedError, MemoryOccupationError
-from spmd_engine.explain import LinkSpeeds, PlanReport, make_report
-from spmd_engine.leader import LeaderCalls
-from spmd_engine.plan import numbered
-from spmd_engine.requests import GenerateOptions
-from spmd_engine.startup import Startup, mesh_ranks
+from spmd_engine.planning.plan import numbered
+from spmd_engine.planning.read_sets import from_plain
+from spmd_engine.planning.report import LinkSpeeds, PlanReport, make_report
 from spmd_engine.stats import EngineStats, UpdateStats
-from spmd_engine.updates import UpdateRequest, WeightUpdates
-from spmd_engine.wants import from_plain
+from spmd_engine.trainer import requests as req
+from spmd_engine.trainer import tracing
+from spmd_engine.trainer.async_requests import AsyncRequests
+from spmd_engine.trainer.leader import LeaderCalls
+from spmd_engine.trainer.requests import GenerateOptions
+from spmd_engine.trainer.scheduler_client import Caller
+from spmd_engine.trainer.startup import Startup, mesh_ranks
+from spmd_engine.trainer.weight_updates import UpdateRequest, WeightUpdates
 
 if TYPE_CHECKING:
     import torch

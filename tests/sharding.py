@@ -11,8 +11,18 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from spmd_engine.layout import FlatShard, Mesh, Placement, Replicate, Shape, Shard, SourceLayout, StridedShard, Weight
-from spmd_engine.plan import RecordedCopy
+from spmd_engine.planning.layout import (
+    FlatShard,
+    Mesh,
+    Placement,
+    Replicate,
+    Shape,
+    Shard,
+    SourceLayout,
+    StridedShard,
+    Weight,
+)
+from spmd_engine.planning.plan import RecordedCopy
 
 CASES = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

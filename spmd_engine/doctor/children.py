@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from spmd_engine.process import with_this_package
+from spmd_engine.trainer.environment import with_this_package
 
 _TAIL = 2000
 _KEEP = 400

@@ -111,7 +111,7 @@ def expandable_segments(machine: Machine) -> bool:
 def _check_sharing(machine: Machine, *, expandable: bool, what: str, fix: str) -> Finding:
     if not machine.gpu_count:
         return skipped(_NO_GPU)
-    from spmd_engine import _native
+    from spmd_engine.transfer import _native
 
     if not _native.has_cuda():
         return skipped("the native module was built without CUDA: see native-module")

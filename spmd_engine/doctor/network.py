@@ -7,9 +7,9 @@ import ipaddress
 import random
 import socket
 
-from spmd_engine import links
+from spmd_engine.control import links
 from spmd_engine.doctor.findings import Finding, Machine, failure, ok, skipped, warning
-from spmd_engine.rendezvous import interface_of, outgoing_address
+from spmd_engine.trainer.rendezvous import interface_of, outgoing_address
 
 _CONNECT_S = 3.0
 _EPHEMERAL = (32768, 60999)

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from spmd_engine import _native
-from spmd_engine.fd_passing import DescriptorServer, PassingError
-from spmd_engine.handles import Exporter, OpenHandles, ShardMemory
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.transfer import _native
+from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError
+from spmd_engine.transfer.handles import Exporter, OpenHandles, ShardMemory
 
 _ELEMENTS = 3 << 20  # 12 MiB: over several chunks of an expandable segment
 _TIMEOUT_S = 30.0
@@ -89,8 +90,8 @@ def _export(tensor: Any, device: int) -> tuple[ShardMemory, DescriptorServer]:
 def read_cpu(offer: dict[str, Any]) -> dict[str, Any]:
     """Copy the other process's memory here and compare."""
     here = np.zeros(_ELEMENTS, np.int32)
-    raw = _native.ElementType.RAW32
-    table = np.zeros(1, _native.BLOCK_COPY_DTYPE)
+    raw = ElementType.RAW32
+    table = np.zeros(1, BLOCK_COPY_DTYPE)
     table[0] = (offer["address"], here.ctypes.data, 1, _ELEMENTS, 0, 0, 0, raw, raw)
     try:
         _native.copy_cpu(table, pids=[offer["pid"]])
@@ -119,12 +120,12 @@ def _read_one(handles: OpenHandles, reader: int, owner: int, offered: dict[str, 
     import torch
 
     memory = ShardMemory.from_frame(offered["header"], bytes.fromhex(offered["blob"]))
-    raw = _native.ElementType.RAW32
+    raw = ElementType.RAW32
     try:
         address = handles.addresses(memory, np.array([0]))[0]
         here = torch.zeros(_ELEMENTS, dtype=torch.int32, device=f"cuda:{reader}")
         torch.cuda.synchronize(reader)
-        table = np.zeros(1, _native.BLOCK_COPY_DTYPE)
+        table = np.zeros(1, BLOCK_COPY_DTYPE)
         table[0] = (address, here.data_ptr(), 1, _ELEMENTS, 0, 0, 0, raw, raw)
         with _native.CopyTable(table, device=reader) as copies:
             copies.launch()

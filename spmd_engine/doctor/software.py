@@ -8,7 +8,7 @@ import tempfile
 from spmd_engine.doctor import children
 from spmd_engine.doctor.findings import Finding, Machine, failure, ok, skipped, warning
 from spmd_engine.errors import ConfigError
-from spmd_engine.process import child_environment, memory_saver_library
+from spmd_engine.trainer.environment import child_environment, memory_saver_library
 
 #: The range that the package declares, and the versions that its tests run with.
 OLDEST, BEYOND = "0.5.17", "0.6"
@@ -42,7 +42,7 @@ def check_torch(machine: Machine) -> Finding:
 def check_native_module(machine: Machine) -> Finding:
     """Can the copies run, on GPUs if there are any?"""
     try:
-        from spmd_engine import _native
+        from spmd_engine.transfer import _native
     except ImportError as error:
         return failure(str(error), "pip install . in the source tree of spmd-engine; it needs a C++ compiler")
     if machine.gpu_count and not _native.has_cuda():

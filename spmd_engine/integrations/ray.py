@@ -346,7 +346,7 @@ class _Rank:
         """On rank 0: serve the store in which the ranks meet, on a port that is bound first; returns the port."""
         from torch.distributed import TCPStore
 
-        from spmd_engine import links
+        from spmd_engine.control import links
 
         try:
             with links.listen(host) as listener:
@@ -366,7 +366,7 @@ class _Rank:
         import torch
         import torch.distributed as dist
 
-        from spmd_engine.rendezvous import interface_of, outgoing_address
+        from spmd_engine.trainer.rendezvous import interface_of, outgoing_address
 
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))

@@ -1,1 +1,1 @@
-"""The scheduler process. Only `adapter.py`, `starting.py`, `cpu_platform.py` and `on_paper.py` import sglang."""
+"""Runs in the scheduler process only; never imports `trainer`. Only `adapter` names sglang."""

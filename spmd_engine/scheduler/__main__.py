@@ -1,4 +1,4 @@
-"""Entry of a scheduler process: `python -m spmd_engine.scheduler FD`, started by `spmd_engine.process`."""
+"""Entry of a scheduler process: `python -m spmd_engine.scheduler FD`, started by `spmd_engine.trainer.process`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import time
 import traceback
 from typing import Any
 
-from spmd_engine.channel import PROTOCOL, Channel, Ready, Start
+from spmd_engine.control.channel import Channel
+from spmd_engine.control.links import Links, LinkTimeout, PeerGone
+from spmd_engine.control.messages import FOR_THE_TRAINER, PROTOCOL, Ready, Start
 from spmd_engine.errors import ErrorReport, SpmdEngineError
-from spmd_engine.links import Links, LinkTimeout, PeerGone
-from spmd_engine.process import FOR_THE_TRAINER
 from spmd_engine.scheduler.watchdog import Watchdog
 
 # When a peer dies, SGLang's collectives raise here at the same time as the watchdog hears of the cause.
@@ -72,8 +72,8 @@ def main() -> None:
 
 
 def _serve(start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> None:
-    from spmd_engine.scheduler import starting
-    from spmd_engine.scheduler.feed import Feed
+    from spmd_engine.scheduler.adapter import starting
+    from spmd_engine.scheduler.receiver import Feed
 
     feed = Feed(start, channel, links, watchdog)
     scheduler = starting.make_scheduler(start, receiver=feed, sink=feed.outputs)

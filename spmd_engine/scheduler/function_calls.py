@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from spmd_engine.channel import ParseCalls, Parsed, Refused
+from spmd_engine.control.messages import ParseCalls, Parsed, Refused
 from spmd_engine.errors import ErrorReport, SpmdEngineError
-from spmd_engine.scheduler import adapter
+from spmd_engine.scheduler.adapter.requests import parse_function_calls
 
 
 class FunctionCallFinder:
@@ -36,7 +36,7 @@ class FunctionCallFinder:
         while True:
             message, tokenizer = self._work.get()
             try:
-                text, calls = adapter.parse_function_calls(message.text, message.tools, message.parser, tokenizer)
+                text, calls = parse_function_calls(message.text, message.tools, message.parser, tokenizer)
                 self._report(Parsed(message.rid, text, calls))
             except Exception as error:  # of whatever kind: the next texts wait for this thread
                 kind = type(error).__name__ if isinstance(error, SpmdEngineError) else "SchedulerError"

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from spmd_engine.channel import Start
+from spmd_engine.control.messages import Start
 from spmd_engine.errors import MEMORY_TAGS, AsleepError, MemoryOccupationError, SpmdEngineError
-from spmd_engine.scheduler import adapter
+from spmd_engine.scheduler.adapter import memory as sglang_memory
 
 # How long other replicas may take to close what they have mapped of memory that a trainer has freed.
 _OTHERS_S = 3.0
@@ -39,7 +39,7 @@ class MemoryKeeper:
         self._scheduler, self._rank, self._device, self._unmap = scheduler, start.rank, device, unmap
         self._is_enabled = bool(start.server_args.get("enable_memory_saver"))
         self.keeps_weights = bool(start.server_args.get("enable_weights_cpu_backup"))
-        self._sizes = adapter.memory_bytes(scheduler, device)
+        self._sizes = sglang_memory.memory_bytes(scheduler, device)
         self._freed: dict[str, int] = {}  # bytes that each sleeping tag gave back
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # small tensors beside the weights, and their copies
 
@@ -95,10 +95,10 @@ class MemoryKeeper:
         barrier({})  # what other ranks had mapped and close just now must not be counted below
         for tag in wanted:
             if tag == "weights":
-                constants = adapter.unregistered_constants(self._scheduler)
+                constants = sglang_memory.unregistered_constants(self._scheduler)
                 self._kept = [(tensor, tensor.detach().cpu().clone()) for tensor in constants]
             before = self._free_bytes()
-            adapter.release_memory(self._scheduler, tag)
+            sglang_memory.release_memory(self._scheduler, tag)
             self._freed[tag] = max(0, self._free_bytes() - before)
         barrier({})
         return wanted
@@ -120,7 +120,7 @@ class MemoryKeeper:
             barrier({})  # from here on no rank of this replica maps memory of the trainers, so what they freed is free
         self._check_free(wanted, barrier)
         for tag in wanted:
-            adapter.resume_memory(self._scheduler, tag)
+            sglang_memory.resume_memory(self._scheduler, tag)
             del self._freed[tag]
             if tag == "weights":
                 with torch.inference_mode():

@@ -1,8 +1,8 @@
 """What SGLang's `load_weights` reads on every tensor-parallel rank of a model, with no weights, no device and no peers.
 
 Entry: `python -m spmd_engine.scheduler.on_paper`. Standard input has a `Question` as JSON, standard output gets the
-answer; `spmd_engine.on_paper` is the other end. SGLang is imported once; each rank is a fork of that process, since a
-process of SGLang can be one rank only.
+answer; `spmd_engine.on_paper.plan` is the other end. SGLang is imported once; each rank is a fork of that process,
+since a process of SGLang can be one rank only.
 
 Layers whose weights and parameters have the same names and shapes are loaded alike: one of them is recorded.
 """
@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from spmd_engine.channel import PROTOCOL, LinkAddress, Start
+from spmd_engine.control.messages import PROTOCOL, LinkAddress, Start
 from spmd_engine.errors import ConfigError, ErrorReport, SpmdEngineError
-from spmd_engine.layout import SourceLayout, Weight
-from spmd_engine.scheduler import starting
-from spmd_engine.scheduler.conversion import Conversion, Described
-from spmd_engine.scheduler.loading import check_all_used, recorded
-from spmd_engine.scheduler.recording import all_tensors
-from spmd_engine.scheduler.survey import wants_and_fallback
-from spmd_engine.wants import to_plain
+from spmd_engine.planning.layout import SourceLayout, Weight
+from spmd_engine.planning.read_sets import to_plain
+from spmd_engine.scheduler.adapter import starting
+from spmd_engine.scheduler.explain import wants_and_fallback
+from spmd_engine.scheduler.recording.checkpoint_format import Conversion, Described
+from spmd_engine.scheduler.recording.loading import check_all_used, recorded
+from spmd_engine.scheduler.recording.recording import all_tensors
 
 _LAYER = re.compile(r"(?P<stem>(?:.*?\.)?(?P<list>\w+)\.\d+)\.(?P<rest>.+)")
 
@@ -65,8 +65,7 @@ def main() -> None:
 
 
 def _answer(question: Question) -> dict[str, Any]:
-    import sglang.srt.managers.scheduler
-    import sglang.srt.models.registry  # noqa: F401  before the fork, for all ranks
+    starting.import_models()  # before the fork, for all ranks
     from transformers import AutoConfig
 
     try:

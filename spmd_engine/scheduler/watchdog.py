@@ -16,9 +16,11 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Failed
+from spmd_engine.control.channel import Channel, ChannelClosed, ChannelTimeout
+from spmd_engine.control.framing import recv_frame
+from spmd_engine.control.links import Links, is_cut_off
+from spmd_engine.control.messages import Failed
 from spmd_engine.errors import ErrorReport
-from spmd_engine.links import Links, is_cut_off, recv_frame
 
 
 class Watchdog(threading.Thread):

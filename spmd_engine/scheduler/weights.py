@@ -13,23 +13,33 @@ from typing import Any
 
 import torch
 
-from spmd_engine import coverage, stages, transfer
-from spmd_engine.agreement import Exchange, Failure, attempt, raise_first
-from spmd_engine.channel import Channel, Start
+from spmd_engine.control.agreement import Exchange, Failure, attempt, raise_first
+from spmd_engine.control.channel import Channel
+from spmd_engine.control.framing import Frame
+from spmd_engine.control.messages import Start
 from spmd_engine.errors import SpmdEngineError, WeightsInconsistentError
-from spmd_engine.fd_passing import DescriptorServer, PassingError
-from spmd_engine.handles import OpenHandles, ShardMemory
-from spmd_engine.layout import SourceLayout, Weight, contiguous_strides
-from spmd_engine.links import Frame
-from spmd_engine.plan import RecordedCopy, TransferPlan, build_plan, numbered
-from spmd_engine.probe import Probe
-from spmd_engine.scheduler import adapter
-from spmd_engine.scheduler.conversion import Conversion
-from spmd_engine.scheduler.loading import Foresight, Loads, as_loaded, check_all_used, recorded, write_constants
-from spmd_engine.scheduler.recording import DTYPES
-from spmd_engine.scheduler.staging import Staging
-from spmd_engine.staged import StagedTransfer
+from spmd_engine.planning import bucket_plan, coverage
+from spmd_engine.planning.layout import SourceLayout, Weight, contiguous_strides
+from spmd_engine.planning.plan import RecordedCopy, TransferPlan, build_plan, numbered
+from spmd_engine.scheduler.adapter import memory as sglang_memory
+from spmd_engine.scheduler.adapter import model as sglang_model
+from spmd_engine.scheduler.bucket_setup import Staging
+from spmd_engine.scheduler.recording.checkpoint_format import Conversion
+from spmd_engine.scheduler.recording.loading import (
+    Foresight,
+    Loads,
+    as_loaded,
+    check_all_used,
+    recorded,
+    write_constants,
+)
+from spmd_engine.scheduler.recording.recording import DTYPES
 from spmd_engine.stats import UpdateStats
+from spmd_engine.transfer import direct
+from spmd_engine.transfer.bucketed import StagedTransfer
+from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError
+from spmd_engine.transfer.fingerprint import Probe
+from spmd_engine.transfer.handles import OpenHandles, ShardMemory
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +58,7 @@ class _Prepared:
     used: dict[str, tuple[int, int]]
     record_s: float
     plan_s: float
-    transfer: transfer.Transfer
+    transfer: direct.Transfer
     staged: StagedTransfer | None  # what cannot be read in place
     has_constants: bool  # the loader fills some elements by itself
     derivations: list[Callable[[], Any]]  # of tensors that are no parameters
@@ -81,7 +91,7 @@ class WeightsKeeper:
         self._situations: dict[str, Situation] = {}  # the last one of each layout
         self._memories: dict[int, ShardMemory] = {}  # of each rank, as it last said
         self._node = start.node
-        self.device = next(adapter.model_of(scheduler).parameters()).device
+        self.device = next(sglang_model.model_of(scheduler).parameters()).device
         self._handles = None if self.device.type == "cpu" else OpenHandles(self.device.index or 0)
         self._staging = Staging(start, channel, device=self.device, handles=self._handles)
         self._offered: DescriptorServer | None = None
@@ -89,7 +99,7 @@ class WeightsKeeper:
         if start.is_restart:
             self._broken = "the engine was restarted with the weights of its checkpoint: call update_weights first"
         self._are_lost = False  # the parameters' contents, constants included
-        self.conversion = Conversion(adapter.hf_config_of(scheduler))
+        self.conversion = Conversion(sglang_model.hf_config_of(scheduler))
         self._foresight: Foresight | None = None
         self._attempt = partial(attempt, rank=start.rank, device=self.device)
 
@@ -97,13 +107,13 @@ class WeightsKeeper:
         """Record how the first weights will load, while there is nothing else to do, if that takes long."""
         try:
             if self.conversion.is_known_to_fuse:
-                self._foresight = Foresight(adapter.model_of(self._scheduler), self.conversion)
+                self._foresight = Foresight(sglang_model.model_of(self._scheduler), self.conversion)
         except Exception as error:  # of whatever kind: the update itself will tell
             logger.info("rank %d: how the first weights will load cannot be foreseen: %s", self._rank, error)
 
     def foreseen(self, layout: SourceLayout) -> Loads | None:
         """How the weights of a layout load, if that is known before any update."""
-        return self._foresight.loads(adapter.model_of(self._scheduler), layout) if self._foresight else None
+        return self._foresight.loads(sglang_model.model_of(self._scheduler), layout) if self._foresight else None
 
     def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:
         """Take the file descriptors of this rank's memory from the trainer, and offer them until `withdraw`."""
@@ -141,7 +151,7 @@ class WeightsKeeper:
         """Drop plans whose parameters SGLang has replaced. It cannot do so from here to the next call."""
         if self.is_inspected:
             return
-        model = adapter.model_of(self._scheduler)
+        model = sglang_model.model_of(self._scheduler)
         for key in [key for key, prepared in self._prepared.items() if not prepared.target.holds(model)]:
             self._prepared.pop(key).close()
         self.is_inspected = True
@@ -156,7 +166,7 @@ class WeightsKeeper:
         """What the other ranks must know before this update: what this one has prepared, and where its shards are.
 
         Args:
-            payload: from `spmd_engine.updates`.
+            payload: from `spmd_engine.trainer.weight_updates`.
         """
         key = payload["key"]
         self.layout_of(payload)
@@ -188,7 +198,7 @@ class WeightsKeeper:
         """One collective weight update. All shards are final.
 
         Args:
-            payload: from `spmd_engine.updates`.
+            payload: from `spmd_engine.trainer.weight_updates`.
             frames: what all ranks have announced.
             exchange: all-gather over the scheduler processes of `payload["ranks"]`; also a barrier.
             enter: told of each phase as it begins.
@@ -310,7 +320,7 @@ class WeightsKeeper:
         check_all_used(layout, optional, [json.loads(blob) for _, blob in frames])
         prepared, rest = made[0]
         # The same on all ranks: whether any of them has something that it cannot read in place.
-        if any(transfer.unreachable(memories, nodes, rank, self.device) for rank in ranks):
+        if any(direct.unreachable(memories, nodes, rank, self.device) for rank in ranks):
             prepared.staged = self._staging.prepare(rest, memories, nodes, exchange, bucket_bytes)
         return prepared
 
@@ -319,8 +329,8 @@ class WeightsKeeper:
     ) -> tuple[_Prepared, TransferPlan]:
         """Record and plan. Returns also what of the plan cannot be read in place."""
         layout, _ = self._layouts[key]
-        model = adapter.model_of(self._scheduler)
-        staged = transfer.unreachable(memories, nodes, self._rank, self.device)
+        model = sglang_model.model_of(self._scheduler)
+        staged = direct.unreachable(memories, nodes, self._rank, self.device)
         loads = self.foreseen(layout)
         self._foresight = None  # the plan has it all
         planning = began = time.monotonic()
@@ -334,7 +344,9 @@ class WeightsKeeper:
         }
         whole = [_whole(by_name[name], buffer) for name, buffer in sorted(buffers.items())]
         everything = build_plan(layout, [*loads.copies, *whole], rank=self._rank, nodes=nodes)
-        plan, rest = stages.split(everything, staged, rank=self._rank) if staged else (everything, stages.NOTHING)
+        plan, rest = (
+            bucket_plan.split(everything, staged, rank=self._rank) if staged else (everything, bucket_plan.NOTHING)
+        )
         used = {**coverage.reach(loads.copies), **coverage.reach(whole)}
         prepared = _Prepared(
             layout=layout,
@@ -345,9 +357,9 @@ class WeightsKeeper:
             record_s=planning - began,
             plan_s=time.monotonic() - planning,
             has_constants=loads.has_constants,
-            derivations=adapter.derivations(model),
+            derivations=sglang_model.derivations(model),
             target=Probe(model, model.parameters()),
-            transfer=transfer.prepare(plan, rank=self._rank, device=self.device, handles=self._handles),
+            transfer=direct.prepare(plan, rank=self._rank, device=self.device, handles=self._handles),
             staged=None,
         )
         return prepared, rest
@@ -357,24 +369,24 @@ class WeightsKeeper:
     def _begin(self, prepared: _Prepared, *, flush: bool) -> None:
         """Begin to copy what is read in place."""
         if self._are_lost and prepared.has_constants:
-            write_constants(adapter.model_of(self._scheduler), prepared.layout, self.conversion)
+            write_constants(sglang_model.model_of(self._scheduler), prepared.layout, self.conversion)
         prepared.transfer.wait()  # SGLang's own streams may still read the old weights
         prepared.transfer.start()
         if flush:
-            adapter.flush_cache(self._scheduler)  # while a GPU copies; it names tokens by the old weights
+            sglang_memory.flush_cache(self._scheduler)  # while a GPU copies; it names tokens by the old weights
 
     def _end(self, prepared: _Prepared, *, verify: bool) -> tuple[float, int | None]:
         """Wait for it, then run the fallback; seconds of the copy itself, and wrong elements if `verify`."""
-        model = adapter.model_of(self._scheduler)
+        model = sglang_model.model_of(self._scheduler)
         device_s = prepared.transfer.finish()
         # Before the fallback, whose loaders may work in place.
         wrong = prepared.transfer.compare() if verify else None
         if prepared.buffers:
             named = as_loaded(prepared.buffers, prepared.converted, self.conversion)
-            with torch.no_grad(), adapter.addresses_kept(model):
+            with torch.no_grad(), sglang_model.addresses_kept(model):
                 model.load_weights(iter(named.items()))  # type: ignore[operator]
         if prepared.derivations:
-            with torch.no_grad(), adapter.addresses_kept(model):
+            with torch.no_grad(), sglang_model.addresses_kept(model):
                 for derive in prepared.derivations:
                     derive()
         prepared.transfer.wait()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from spmd_engine import _native
+from spmd_engine.transfer import _native
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,7 +19,7 @@ import torch
 from gpu.worker import SHAPE
 from integration.nodes import Node, two_nodes_or_skip
 
-from spmd_engine import _native
+from spmd_engine.transfer import _native
 
 WORKER = Path(__file__).with_name("worker.py")
 TIMEOUT_S = 420.0  # the first start compiles kernels

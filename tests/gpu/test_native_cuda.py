@@ -25,8 +25,9 @@ from native.blocks import (
     values_to_cast,
 )
 
-from spmd_engine import _native
-from spmd_engine._native import BLOCK_COPY_DTYPE, CompareResult, CopyTable, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.transfer import _native
+from spmd_engine.transfer._native import CompareResult, CopyTable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -167,11 +168,11 @@ OPENER = """
 import sys
 import numpy as np
 import torch
-from spmd_engine import _native
+from spmd_engine.transfer import _native
 handle, offset, count = bytes.fromhex(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 base = _native.open_handle(handle, device=0)
 here = torch.zeros(count, dtype=torch.int32, device="cuda")
-table = np.zeros(1, _native.BLOCK_COPY_DTYPE)
+table = np.zeros(1, BLOCK_COPY_DTYPE)
 table[0] = (base + offset, here.data_ptr(), 1, count, 0, 0, 0, 5, 5)
 with _native.CopyTable(table, device=0) as copies:
     copies.launch(stream=torch.cuda.current_stream().cuda_stream)

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from spmd_engine import _native, fd_passing
-from spmd_engine.fd_passing import DescriptorServer
-from spmd_engine.handles import Exporter, ShardMemory
+from spmd_engine.transfer import _native, fd_passing
+from spmd_engine.transfer.fd_passing import DescriptorServer
+from spmd_engine.transfer.handles import Exporter, ShardMemory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,8 +33,8 @@ OPENER = """
 import json, resource, sys, time
 import numpy as np
 import torch
-from spmd_engine import _native
-from spmd_engine.handles import OpenHandles, ShardMemory
+from spmd_engine.transfer import _native
+from spmd_engine.transfer.handles import OpenHandles, ShardMemory
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 header = json.loads(sys.stdin.buffer.readline())
 memory = ShardMemory.from_frame(header["memory"], sys.stdin.buffer.read(header["bytes"]))
@@ -46,7 +46,7 @@ print(f"opened {len(handles)} allocations in {time.perf_counter() - began:.4f} s
 for line in sys.stdin.buffer:
     weight, count = map(int, line.split())
     here = torch.zeros(count, dtype=torch.int32, device="cuda")
-    table = np.zeros(1, _native.BLOCK_COPY_DTYPE)
+    table = np.zeros(1, BLOCK_COPY_DTYPE)
     table[0] = (addresses[weight], here.data_ptr(), 1, count, 0, 0, 0, 5, 5)
     with _native.CopyTable(table, device=0) as copies:
         copies.launch(stream=torch.cuda.current_stream().cuda_stream)

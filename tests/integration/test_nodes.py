@@ -20,7 +20,7 @@ import pytest
 from integration.jobs import environment, run_job
 from integration.nodes import Node
 from integration.ray_cluster import ray_cluster
-from spmd_engine.process import with_this_package
+from spmd_engine.trainer.environment import with_this_package
 
 # SGLang on the plain CPU cannot load KV heads that are fewer than the TP ranks.
 HEADS = {"num_key_value_heads": 4}

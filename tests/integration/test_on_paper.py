@@ -9,7 +9,7 @@ import pytest
 
 from spmd_engine import cli
 from spmd_engine.errors import ConfigError, PlanError
-from spmd_engine.on_paper import Cluster, plan_on_paper
+from spmd_engine.on_paper.plan import Cluster, plan_on_paper
 
 pytestmark = pytest.mark.one_version
 

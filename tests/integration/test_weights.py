@@ -7,7 +7,7 @@ import pytest
 from integration.jobs import run_job
 from integration.scenarios.sleep import SHAPE
 from spmd_engine import LinkSpeeds
-from spmd_engine.on_paper import Cluster, plan_on_paper
+from spmd_engine.on_paper.plan import Cluster, plan_on_paper
 
 ONE_VERSION = pytest.mark.one_version
 # name, TP, world; tokens are not compared where SGLang's plain CPU attention cannot run the model (MLA).

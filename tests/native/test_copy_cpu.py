@@ -22,7 +22,8 @@ from native.blocks import (
     values_to_cast,
 )
 
-from spmd_engine._native import BLOCK_COPY_DTYPE, CompareResult, ElementType, compare_cpu, copy_cpu
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.transfer._native import CompareResult, compare_cpu, copy_cpu
 
 
 def check_copy_and_compare(case: Case, table: np.ndarray, pid: int, threads: int, seed: int) -> None:

@@ -11,8 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from spmd_engine import _native
-from spmd_engine._native import BLOCK_COPY_DTYPE, ElementType, compare_cpu, copy_cpu
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.transfer import _native
+from spmd_engine.transfer._native import compare_cpu, copy_cpu
 
 RAW8, F32, BF16, RAW32 = ElementType.RAW8, ElementType.F32, ElementType.BF16, ElementType.RAW32
 
@@ -178,13 +179,14 @@ def test_one_bad_block_among_many_ends_the_copy(threads: int, other_process) -> 
 READ_AS_NOBODY = """
 import os, sys
 import numpy as np
-from spmd_engine import _native
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.transfer import _native
 pid = 1 if os.geteuid() else os.getppid()
 if os.geteuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 buffer = np.zeros(8, np.uint8)
-table = np.zeros(1, _native.BLOCK_COPY_DTYPE)
+table = np.zeros(1, BLOCK_COPY_DTYPE)
 table[0] = (4096, buffer.ctypes.data, 1, 8, 0, 0, 0, 3, 3)
 try:
     _native.copy_cpu(table, pids=[pid])

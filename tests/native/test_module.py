@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from spmd_engine import _native
-from spmd_engine._native import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.transfer import _native
 
 
 def run(code: str) -> str:
@@ -31,7 +31,7 @@ def test_import_has_no_side_effects() -> None:
         "before = dict(os.environ)\n"
         "import numpy\n"
         "threads = set(os.listdir('/proc/self/task'))\n"
-        "import spmd_engine._native\n"
+        "import spmd_engine.transfer._native\n"
         "print('torch' in sys.modules, os.environ == before, set(os.listdir('/proc/self/task')) == threads)"
     )
     assert run(code).split() == ["False", "True", "True"]
@@ -56,7 +56,7 @@ def test_a_missing_build_says_how_to_build() -> None:
         "import sys\n"
         "sys.modules['spmd_engine._C'] = None\n"
         "try:\n"
-        "    import spmd_engine._native\n"
+        "    import spmd_engine.transfer._native\n"
         "except ImportError as error:\n"
         "    print(error)"
     )

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from spmd_engine.channel import Channel, ChannelClosed, ChannelTimeout, Reply
+from spmd_engine.control.channel import Channel, ChannelClosed, ChannelTimeout
+from spmd_engine.control.messages import Reply
 from spmd_engine.errors import ErrorReport
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from spmd_engine import cli
 from spmd_engine.errors import ConfigError, PlanError, SchedulerError
-from spmd_engine.on_paper import Cluster, plan_on_paper
+from spmd_engine.on_paper.plan import Cluster, plan_on_paper
 
 
 def plan(*arguments):

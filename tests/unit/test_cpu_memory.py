@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from spmd_engine.scheduler.cpu_memory import CpuMemorySaver
+from spmd_engine.scheduler.adapter.cpu_memory import CpuMemorySaver
 
 MIB = 1 << 20
 

@@ -15,7 +15,7 @@ import pytest
 from spmd_engine import cli, doctor
 from spmd_engine.doctor.findings import Status
 from spmd_engine.doctor.network import chosen_interfaces
-from spmd_engine.process import with_this_package
+from spmd_engine.trainer.environment import with_this_package
 
 TIMEOUT_S = 120
 # Runs its arguments as a command without the system call process_vm_readv, as Docker's seccomp profile once did:

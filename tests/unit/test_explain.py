@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from spmd_engine.errors import ConfigError
-from spmd_engine.explain import LinkSpeeds, WeightClass, make_report
-from spmd_engine.layout import Mesh, Replicate, Shard, SourceLayout, Weight, contiguous_strides
-from spmd_engine.plan import RecordedCopy
-from spmd_engine.wants import wants_of
+from spmd_engine.planning.layout import Mesh, Replicate, Shard, SourceLayout, Weight, contiguous_strides
+from spmd_engine.planning.plan import RecordedCopy
+from spmd_engine.planning.read_sets import wants_of
+from spmd_engine.planning.report import LinkSpeeds, WeightClass, make_report
 
 SPEEDS = LinkSpeeds(hbm=1000.0, nvlink=100.0, host=10.0, network=1.0)
 ROWS = (Shard(0),)

@@ -15,13 +15,13 @@ import time
 
 import pytest
 
-from spmd_engine import fd_passing
-from spmd_engine.fd_passing import DescriptorServer, PassingError, close_all, fetch, receive_batch, send_batch
+from spmd_engine.transfer import fd_passing
+from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError, close_all, fetch, receive_batch, send_batch
 
 # Prints what is in the files that a server has: python -c FETCHER ADDRESS NAME=COUNT...
 FETCHER = """
 import os, sys
-from spmd_engine import fd_passing
+from spmd_engine.transfer import fd_passing
 counts = {bytes.fromhex(name): int(count) for name, count in (word.split("=") for word in sys.argv[2:])}
 for descriptors in fd_passing.fetch(sys.argv[1], counts, timeout_s=20.0):
     assert len(descriptors) <= fd_passing.BATCH and not any(map(os.get_inheritable, descriptors))
@@ -32,7 +32,7 @@ for descriptors in fd_passing.fetch(sys.argv[1], counts, timeout_s=20.0):
 # Serves one file under the name 0xaa and says where.
 SERVER = """
 import sys, tempfile
-from spmd_engine.fd_passing import DescriptorServer
+from spmd_engine.transfer.fd_passing import DescriptorServer
 file = tempfile.TemporaryFile()
 print(DescriptorServer({b"\\xaa": [file.fileno()]}).address, flush=True)
 sys.stdin.read()
@@ -40,7 +40,7 @@ sys.stdin.read()
 # Serves 100 files and fetches those at all addresses that it reads; all in flight at once would exceed the limit.
 RANK = """
 import os, resource, sys, tempfile
-from spmd_engine.fd_passing import DescriptorServer, close_all, fetch
+from spmd_engine.transfer.fd_passing import DescriptorServer, close_all, fetch
 made = []
 for number in range(100):
     with tempfile.TemporaryFile() as file:
@@ -141,7 +141,7 @@ def test_a_server_hands_on_what_came_in_batches():
 def test_a_low_limit_of_open_files_is_raised_or_named():
     code = (
         "import resource, socket, sys\n"
-        "from spmd_engine.fd_passing import DescriptorServer, PassingError\n"
+        "from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (40, int(sys.argv[2])))\n"
         "try:\n"
         "    server = DescriptorServer.receive(socket.socket(fileno=int(sys.argv[1])), {b'a': 100}, timeout_s=20.0)\n"

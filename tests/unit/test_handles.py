@@ -10,12 +10,12 @@ import threading
 import numpy as np
 import pytest
 
-from spmd_engine import _native, fd_passing
-from spmd_engine.channel import Descriptors
+from spmd_engine.control.messages import Descriptors
 from spmd_engine.errors import TransferError
-from spmd_engine.fd_passing import DescriptorServer, PassingError
-from spmd_engine.handles import NOWHERE, Exporter, OpenHandles
-from spmd_engine.updates import WeightUpdates
+from spmd_engine.trainer.weight_updates import WeightUpdates
+from spmd_engine.transfer import _native, fd_passing
+from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError
+from spmd_engine.transfer.handles import NOWHERE, Exporter, OpenHandles
 
 KIB = 1 << 10
 

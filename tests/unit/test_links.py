@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from spmd_engine import links as links_module
-from spmd_engine.channel import LinkAddress
-from spmd_engine.links import Interjection, Links, LinkTimeout, PeerGone, frame, listen, recv_frame
+from spmd_engine.control import links as links_module
+from spmd_engine.control.framing import frame, recv_frame
+from spmd_engine.control.links import Interjection, Links, LinkTimeout, PeerGone, listen
+from spmd_engine.control.messages import LinkAddress
 
 
 def address(ranks, token="secret", host="127.0.0.1"):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from spmd_engine import _native
 from spmd_engine.errors import PlanError
-from spmd_engine.layout import SourceLayout, Weight
-from spmd_engine.plan import build_plan
-from spmd_engine.scheduler import adapter
-from spmd_engine.scheduler.conversion import Conversion
-from spmd_engine.scheduler.loading import recorded
+from spmd_engine.planning.layout import SourceLayout, Weight
+from spmd_engine.planning.plan import build_plan
+from spmd_engine.scheduler.adapter import model as sglang_model
+from spmd_engine.scheduler.recording.checkpoint_format import Conversion
+from spmd_engine.scheduler.recording.loading import recorded
+from spmd_engine.transfer import _native
 
 
 class Several(torch.nn.Module):
@@ -180,12 +180,12 @@ def test_what_parts_of_a_model_derive_is_derived_again():
     wrapper.language_model, wrapper.tower = Deriving(), torch.nn.Linear(2, 2)
     alone = Deriving()
     for model, part in ((wrapper, wrapper.language_model), (alone, alone)):
-        derivations = adapter.derivations(model)
+        derivations = sglang_model.derivations(model)
         part.p.fill_(3)
         for derive in derivations:
             derive()
         assert part.derived.tolist() == [6] * 4
-    assert adapter.derivations(wrapper.tower) == []
+    assert sglang_model.derivations(wrapper.tower) == []
 
 
 def test_a_loader_that_wants_all_weights_at_once_is_refused_before_anything_is_written():
@@ -274,6 +274,6 @@ def test_what_a_loader_derives_anew_stays_where_it_was():
     model.derived = derived = torch.zeros(4)  # a CUDA graph may have its address
     recorded(model, SourceLayout((Weight("a", (4,), "float32"),), ()), Conversion(None))
     assert model.derived is derived and not derived.any()
-    with adapter.addresses_kept(model):
+    with sglang_model.addresses_kept(model):
         model.load_weights({"a": torch.arange(4.0)}.items())
     assert model.derived is derived and derived.tolist() == [1, 2, 3, 4]

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sharding import CASES, DTYPES, draw_placements, meshes, random_weight, scatter
 
-from spmd_engine import _native
-from spmd_engine.explain import LinkSpeeds, make_report
-from spmd_engine.layout import ITEM_SIZE, Mesh, Replicate, Shard, SourceLayout, Weight
-from spmd_engine.plan import RecordedCopy, build_plan
-from spmd_engine.scheduler.recorder import Recorder
-from spmd_engine.wants import from_plain, to_plain, wants_of
+from spmd_engine.planning.layout import ITEM_SIZE, Mesh, Replicate, Shard, SourceLayout, Weight
+from spmd_engine.planning.plan import RecordedCopy, build_plan
+from spmd_engine.planning.read_sets import from_plain, to_plain, wants_of
+from spmd_engine.planning.report import LinkSpeeds, make_report
+from spmd_engine.scheduler.recording.recorder import Recorder
+from spmd_engine.transfer import _native
 
 SPEEDS = LinkSpeeds(hbm=1.0, nvlink=1.0, host=1.0, network=1.0)
 

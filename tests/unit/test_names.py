@@ -13,8 +13,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from spmd_engine.errors import PlanError
-from spmd_engine.names import checkpoint_names, joined
-from spmd_engine.sources import SourceReader
+from spmd_engine.trainer.names import checkpoint_names, joined
+from spmd_engine.trainer.sources import SourceReader
 
 pytestmark = pytest.mark.usefixtures("process_group")
 WRAPPERS = {

@@ -11,8 +11,8 @@ import pytest
 
 import spmd_engine
 from spmd_engine import errors
-from spmd_engine.process import child_environment, is_safe_cache, memory_saver_library
-from spmd_engine.rendezvous import interface_of
+from spmd_engine.trainer.environment import child_environment, is_safe_cache, memory_saver_library
+from spmd_engine.trainer.rendezvous import interface_of
 
 PROBE = """
 import json, os, sys, threading
@@ -133,9 +133,9 @@ def test_a_missing_memory_saver_is_named(monkeypatch):
 
 
 def test_the_platform_plug_in_stays_out_of_other_programs(monkeypatch):
-    from spmd_engine.scheduler.cpu_platform import activate
+    from spmd_engine.scheduler.adapter.cpu_platform import activate
 
     monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
     assert activate() is None
     monkeypatch.setenv("SGLANG_PLATFORM", "spmd_engine")
-    assert activate() == "spmd_engine.scheduler.cpu_platform.PlainCpuPlatform"
+    assert activate() == "spmd_engine.scheduler.adapter.cpu_platform.PlainCpuPlatform"

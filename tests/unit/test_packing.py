@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from spmd_engine import _native
-from spmd_engine._native import BLOCK_COPY_DTYPE, ElementType
 from spmd_engine.errors import TransferError
-from spmd_engine.handles import CPU, ShardMemory
-from spmd_engine.packing import Packer, PackLink
-from spmd_engine.plan import TransferPlan
-from spmd_engine.staged import TrainerTransfer
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.plan import TransferPlan
+from spmd_engine.transfer import _native
+from spmd_engine.transfer.bucketed import TrainerTransfer
+from spmd_engine.transfer.handles import CPU, ShardMemory
+from spmd_engine.transfer.packing import Packer, PackLink
 
 TIMEOUT_S = 30.0
 

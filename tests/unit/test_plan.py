@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from sharding import CASES, DTYPES, layouts, random_weight, recorded, scatter, view_of
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from spmd_engine import _native
 from spmd_engine.errors import PlanError
-from spmd_engine.layout import (
+from spmd_engine.planning.layout import (
     ITEM_SIZE,
     Mesh,
     Replicate,
@@ -31,7 +30,8 @@ from spmd_engine.layout import (
     replica_of,
     spread,
 )
-from spmd_engine.plan import RecordedCopy, build_plan
+from spmd_engine.planning.plan import RecordedCopy, build_plan
+from spmd_engine.transfer import _native
 
 
 def run(layout, copies, shards, rank) -> int:

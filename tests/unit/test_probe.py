@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from spmd_engine import _native
-from spmd_engine.probe import Probe
+from spmd_engine.transfer import _native
+from spmd_engine.transfer.fingerprint import Probe
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import socket
 
 import pytest
 
-from spmd_engine.channel import PROTOCOL, Channel, Failed, LinkAddress, Packing, Shutdown, Start
-from spmd_engine.process import SchedulerProcess, open_log
+from spmd_engine.control.channel import Channel
+from spmd_engine.control.messages import PROTOCOL, Failed, LinkAddress, Packing, Shutdown, Start
+from spmd_engine.trainer.process import SchedulerProcess, open_log
 
 
 @pytest.fixture

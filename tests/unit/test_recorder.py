@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from spmd_engine import _native, coverage
 from spmd_engine.errors import PlanError
-from spmd_engine.layout import SourceLayout, Weight
-from spmd_engine.plan import build_plan
-from spmd_engine.scheduler.conversion import Conversion
-from spmd_engine.scheduler.loading import recorded
-from spmd_engine.scheduler.plain_recorder import NotPlainError, PlainRecorder
-from spmd_engine.scheduler.recorder import Recorder
-from spmd_engine.scheduler.recording import DTYPE_NAMES
+from spmd_engine.planning import coverage
+from spmd_engine.planning.layout import SourceLayout, Weight
+from spmd_engine.planning.plan import build_plan
+from spmd_engine.scheduler.recording.checkpoint_format import Conversion
+from spmd_engine.scheduler.recording.loading import recorded
+from spmd_engine.scheduler.recording.plain_recorder import NotPlainError, PlainRecorder
+from spmd_engine.scheduler.recording.recorder import Recorder
+from spmd_engine.scheduler.recording.recording import DTYPE_NAMES
+from spmd_engine.transfer import _native
 
 
 class Toy(torch.nn.Module):

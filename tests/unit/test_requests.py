@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from spmd_engine.channel import Submit
-from spmd_engine.digest import digest
+from spmd_engine.control.digest import digest
+from spmd_engine.control.messages import GenerateOutput, Submit
 from spmd_engine.errors import InvalidRequestError
-from spmd_engine.requests import GenerateOutput, TextStream, build_requests, format_outputs, load_tokenizer
-from spmd_engine.scheduler.tickets import Ticket
+from spmd_engine.scheduler.step_commands import Ticket
+from spmd_engine.trainer.requests import TextStream, build_requests, format_outputs, load_tokenizer
 
 
 def build(**kwargs):

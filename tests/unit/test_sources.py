@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor import Shard as TorchShard
 
 from spmd_engine.errors import CollectiveTimeoutError, PlanError, SchedulerDiedError
-from spmd_engine.handles import NOWHERE, Exporter, ShardMemory
-from spmd_engine.layout import Mesh, Shard
-from spmd_engine.rendezvous import Rendezvous, bounded, node_identity
-from spmd_engine.sources import SourceReader, ranks_of
+from spmd_engine.planning.layout import Mesh, Shard
+from spmd_engine.trainer.rendezvous import Rendezvous, bounded, node_identity
+from spmd_engine.trainer.sources import SourceReader, ranks_of
+from spmd_engine.transfer.handles import NOWHERE, Exporter, ShardMemory
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sharding import CASES, DTYPES, layouts, random_weight, recorded, scatter, view_of
 
-from spmd_engine import _native, stages
-from spmd_engine.plan import build_plan
+from spmd_engine.planning import bucket_plan
+from spmd_engine.planning.copy_table import ElementType
+from spmd_engine.planning.plan import build_plan
+from spmd_engine.transfer import _native
 
 BUCKET = 512
 
@@ -23,14 +25,14 @@ class Ranks:
     def __init__(self, plans, shards, ranks):
         self.plans, self.ranks = plans, ranks
         self.shards = {r: np.array([t.data_ptr()], np.uint64) for r, t in shards.items()}
-        self.buckets = {r: torch.zeros(stages.BUCKETS, BUCKET, dtype=torch.uint8) for r in ranks}
+        self.buckets = {r: torch.zeros(bucket_plan.BUCKETS, BUCKET, dtype=torch.uint8) for r in ranks}
 
     def run(self):
         steps = max(len(plan.steps) for plan in self.plans.values())
         for number in range(steps):
             now = {r: plan.steps[number] for r, plan in self.plans.items() if number < len(plan.steps)}
             for rank, step in now.items():
-                packed = self.buckets[rank][stages.PACKED[number % len(stages.PACKED)]]
+                packed = self.buckets[rank][bucket_plan.PACKED[number % len(bucket_plan.PACKED)]]
                 table = step.pack.bind(self.shards)
                 assert (table["dst"] < BUCKET).all()
                 table["dst"] += np.uint64(packed.data_ptr())
@@ -45,12 +47,12 @@ class Ranks:
 
     def _receive(self, rank, step, now, number):
         """What an all-to-all does."""
-        arrived = self.buckets[rank][stages.ARRIVED[number % len(stages.ARRIVED)]]
+        arrived = self.buckets[rank][bucket_plan.ARRIVED[number % len(bucket_plan.ARRIVED)]]
         at = 0
         for sender, size in zip(self.ranks, step.receives, strict=True):
             sent = now[sender].sends if sender in now else (0,) * len(self.ranks)
             assert size == sent[self.ranks.index(rank)]
-            packed = self.buckets[sender][stages.PACKED[number % len(stages.PACKED)]]
+            packed = self.buckets[sender][bucket_plan.PACKED[number % len(bucket_plan.PACKED)]]
             begin = now[sender].kept + sum(sent[: self.ranks.index(rank)]) if size else 0
             arrived[at : at + size] = packed[begin : begin + size]
             at += size
@@ -76,16 +78,16 @@ def test_every_element_arrives_and_crosses_once(data):
         targets[rank] = (torch.zeros(view.shape, dtype=dtype), view.to(dtype))
         plan = build_plan(layout, [recorded(view, targets[rank][0])], rank=rank, nodes=nodes)
         far = [r for r in ranks if off_loaded or nodes[r] != nodes[rank]]
-        direct, staged[rank] = stages.split(plan, far, rank=rank)
+        direct, staged[rank] = bucket_plan.split(plan, far, rank=rank)
         assert direct.local_bytes + direct.remote_bytes + staged[rank].local_bytes + staged[rank].remote_bytes == (
             plan.local_bytes + plan.remote_bytes
         )
         # What a rank of the own node holds is read from there.
         table = direct.bind({r: np.array([t.data_ptr()], np.uint64) for r, t in shards.items()})
         _native.copy_cpu(table, pids=[0])
-        wanted[rank] = stages.wants(staged[rank])
+        wanted[rank] = bucket_plan.wants(staged[rank])
     for rank in ranks:
-        plans[rank] = stages.plan_stages(staged[rank], wanted, rank=rank, nodes=nodes, bucket_bytes=BUCKET)
+        plans[rank] = bucket_plan.plan_stages(staged[rank], wanted, rank=rank, nodes=nodes, bucket_bytes=BUCKET)
     Ranks(plans, shards, ranks).run()
     for found, expected in targets.values():
         assert torch.equal(bits(found), bits(expected))
@@ -103,8 +105,8 @@ def minimum(wanted, nodes) -> int:
     crossing: dict[int, set] = defaultdict(set)
     for rank, rows in wanted.items():
         crossing[nodes[rank]] |= {row.tobytes() for row in rows if nodes[int(row["source"])] != nodes[rank]}
-    rows = [np.frombuffer(row, stages.WANT_DTYPE)[0] for blocks in crossing.values() for row in blocks]
-    return sum(int(r["rows"] * r["row_elems"]) * _native.ElementType(int(r["packed_dtype"])).itemsize for r in rows)
+    rows = [np.frombuffer(row, bucket_plan.WANT_DTYPE)[0] for blocks in crossing.values() for row in blocks]
+    return sum(int(r["rows"] * r["row_elems"]) * ElementType(int(r["packed_dtype"])).itemsize for r in rows)
 
 
 def padding(plans) -> int:
@@ -113,9 +115,9 @@ def padding(plans) -> int:
 
 
 def test_a_block_larger_than_a_bucket_takes_several_steps():
-    rows = np.zeros(2, stages.WANT_DTYPE)
+    rows = np.zeros(2, bucket_plan.WANT_DTYPE)
     rows["rows"], rows["row_elems"], rows["src"] = [1, 3], [1000, 300], [0, 4000]
-    packed = stages._Packed.make(rows, 512)
+    packed = bucket_plan._Packed.make(rows, 512)
     assert max(packed.sizes) <= 512
     moved = defaultdict(int)
     for block, n, m in zip(packed.block, packed.rows, packed.elems, strict=True):

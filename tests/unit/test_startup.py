@@ -8,10 +8,10 @@ import tempfile
 import pytest
 import torch.distributed as dist
 
-from spmd_engine.channel import LinkAddress
+from spmd_engine.control.messages import LinkAddress
 from spmd_engine.errors import CollectiveMismatchError, ConfigError
-from spmd_engine.rendezvous import Meeting, Rendezvous, check_reachable, interface_of
-from spmd_engine.startup import _check_agreement, shared_scratch
+from spmd_engine.trainer.rendezvous import Meeting, Rendezvous, check_reachable, interface_of
+from spmd_engine.trainer.startup import _check_agreement, shared_scratch
 
 RANKS = (4, 5, 6, 7)
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from spmd_engine.tracing import Spans, is_recording, span
+from spmd_engine.trainer.tracing import Spans, is_recording, span
 
 
 def test_without_a_profiler_nothing_is_made():

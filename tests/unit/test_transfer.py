@@ -6,10 +6,10 @@ import os
 import numpy as np
 import torch
 
-from spmd_engine import transfer
-from spmd_engine.handles import CPU, ShardMemory
-from spmd_engine.layout import Mesh, Shard, SourceLayout, Weight
-from spmd_engine.plan import RecordedCopy, build_plan
+from spmd_engine.planning.layout import Mesh, Shard, SourceLayout, Weight
+from spmd_engine.planning.plan import RecordedCopy, build_plan
+from spmd_engine.transfer import direct
+from spmd_engine.transfer.handles import CPU, ShardMemory
 
 
 def test_the_log_says_where_the_first_difference_is(caplog):
@@ -21,7 +21,7 @@ def test_the_log_says_where_the_first_difference_is(caplog):
         for name, parameter in zip(names, parameters, strict=True)
     ]
     plan = build_plan(layout, copies, rank=0, nodes={0: 0})
-    moved = transfer.prepare(plan, rank=0, device=torch.device("cpu"), handles=None)
+    moved = direct.prepare(plan, rank=0, device=torch.device("cpu"), handles=None)
     offsets = np.array([source.data_ptr() for source in sources], np.uint64)
     moved.bind({0: ShardMemory(CPU, os.getpid(), (), (), np.zeros(2, np.uint32), offsets)})
     moved.start()

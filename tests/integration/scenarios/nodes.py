@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from integration.scenarios.common import greedy, shard
 from integration.scenarios.weights import unmapped_like
-from spmd_engine import _native, errors
+from spmd_engine import errors
+from spmd_engine.transfer import _native
 
 
 def update(

@@ -22,7 +22,7 @@ import uvloop
 
 from integration.scenarios.common import GREEDY, PROMPTS, assert_close, greedy, shard
 from spmd_engine import FunctionCall, errors
-from spmd_engine.rendezvous import Rendezvous
+from spmd_engine.trainer.rendezvous import Rendezvous
 
 TEXTS = ["ab ba", "a b", "abba ab", "b"]
 # Tokens of a request that something shall happen to.

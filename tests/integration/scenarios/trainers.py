@@ -25,8 +25,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from integration.scenarios.common import greedy
 from spmd_engine.errors import PlanError
-from spmd_engine.layout import boxed_shape, local_box
-from spmd_engine.sources import SourceReader
+from spmd_engine.planning.layout import boxed_shape, local_box
+from spmd_engine.trainer.sources import SourceReader
 
 CPU = torch.device("cpu")
 HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)

@@ -1,0 +1,1 @@
+"""The wires between processes: messages, channels, links, agreement. Knows neither side."""

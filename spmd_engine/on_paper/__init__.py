@@ -1,0 +1,1 @@
+"""Plans for clusters of any shape, without GPUs and without weights."""

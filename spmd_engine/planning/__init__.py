@@ -1,0 +1,1 @@
+"""Pure planning: NumPy and errors only."""

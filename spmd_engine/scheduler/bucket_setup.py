@@ -1,0 +1,116 @@
+"""Connects the ranks of an update for what they cannot read in place: buckets, the network, the trainer's packer."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from spmd_engine.control.agreement import Exchange, attempt, raise_first
+from spmd_engine.control.channel import Channel
+from spmd_engine.control.framing import Frame
+from spmd_engine.control.messages import Packing, Start
+from spmd_engine.planning import bucket_plan
+from spmd_engine.planning.plan import TransferPlan
+from spmd_engine.transfer.bucketed import Network, StagedTransfer, join_store, serve_store
+from spmd_engine.transfer.handles import OpenHandles, ShardMemory
+from spmd_engine.transfer.packing import PackLink
+
+
+class Staging:
+    """What the staged parts of several updates share: a network for each set of ranks, and the link to the packer.
+
+    Args:
+        start: of this process.
+        channel: to its trainer.
+        device: of the buckets.
+        handles: what this process has mapped; needed on a GPU.
+    """
+
+    def __init__(self, start: Start, channel: Channel, *, device: torch.device, handles: OpenHandles | None) -> None:
+        self._start, self._channel, self._device, self._handles = start, channel, device, handles
+        self._networks: dict[tuple[int, ...], Network] = {}
+        self._packing: PackLink | None = None
+
+    def prepare(
+        self,
+        rest: TransferPlan,
+        memories: Mapping[int, ShardMemory],
+        nodes: Mapping[int, int],
+        exchange: Exchange,
+        bucket_bytes: int,
+    ) -> StagedTransfer:
+        """Plan with all ranks how the rest comes, and connect to them.
+
+        Args:
+            rest: what this rank cannot read in place; other ranks may have some if it has none.
+            memories: of all ranks, in an order that all of them know.
+            nodes: numbers of the ranks' nodes.
+            bucket_bytes: size of a bucket.
+
+        Raises:
+            TransferError: some rank could not; nothing is kept, and nothing was written.
+        """
+        ranks, rank = tuple(memories), self._start.rank
+        tried = partial(attempt, rank=rank, device=self._device)
+        frames = exchange({}, bucket_plan.wants(rest).tobytes())
+        wanted = {r: np.frombuffer(blob, bucket_plan.WANT_DTYPE) for r, (_, blob) in zip(ranks, frames, strict=True)}
+        made: list[StagedTransfer] = []
+        offers: list[Frame] = []
+        stores: list[dist.Store] = []
+
+        def make() -> None:
+            plan = bucket_plan.plan_stages(rest, wanted, rank=rank, nodes=nodes, bucket_bytes=bucket_bytes)
+            trainer = self._link_to_packer() if memories[rank].is_cpu else None
+            made.append(StagedTransfer(plan, rank=rank, device=self._device, handles=self._handles, trainer=trainer))
+            header, blob = made[0].offer()
+            if plan.is_network and ranks not in self._networks and rank == ranks[0]:
+                store, port = serve_store(self._start.host, self._start.timeout_s)
+                stores.append(store)
+                header["store"] = [self._start.host, port]
+            offers.append((header, blob))
+
+        def connect() -> None:
+            if made[0].plan.is_network and ranks not in self._networks:
+                host, port = offered[0][0]["store"]
+                self._networks[ranks] = Network(
+                    ranks,
+                    rank,
+                    host=self._start.host,
+                    device=self._device,
+                    store=stores[0] if stores else join_store(str(host), int(port), self._start.timeout_s),
+                    timeout_s=self._start.timeout_s,
+                )
+            made[0].accept(dict(zip(ranks, offered, strict=True)), self._networks.get(ranks))
+
+        try:
+            error = tried(make)
+            header, blob = offers[0] if error is None else ({}, b"")
+            offered = exchange({"error": error, **header}, blob)
+            raise_first(offered, ranks)
+            frames = exchange({"error": tried(connect)}, b"")
+            if any(state["error"] is not None for state, _ in frames):
+                self.forget_network(ranks)  # some ranks may have joined it
+            raise_first(frames, ranks)
+        except BaseException:
+            for one in made:
+                one.close()
+            raise
+        return made[0]
+
+    def forget_network(self, ranks: tuple[int, ...]) -> None:
+        """It may be broken: the next update makes another."""
+        self._networks.pop(ranks, None)
+
+    def _link_to_packer(self) -> PackLink:
+        """To the trainer's thread that packs; it is started if it does not run."""
+        if self._packing is None or self._packing.is_broken:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._channel.send(Packing(), (theirs.fileno(),), timeout_s=self._start.timeout_s)
+            self._packing = PackLink(self._start.rank, ours, self._start.timeout_s)
+        return self._packing

@@ -1,0 +1,1 @@
+"""Records what SGLang's `load_weights` copies, and what else it does."""

@@ -1,0 +1,1 @@
+"""Runs in the trainer rank only; never imports `scheduler`."""

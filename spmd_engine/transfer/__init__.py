@@ -1,0 +1,1 @@
+"""Moves bytes; runs in either process."""
