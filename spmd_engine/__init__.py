@@ -27,7 +27,7 @@ from spmd_engine.errors import (
 )
 
 if TYPE_CHECKING:
-    from spmd_engine.control.messages import FunctionCall
+    from spmd_engine.control.generation import FunctionCall
     from spmd_engine.engine import SpmdEngine
     from spmd_engine.planning.report import LinkSpeeds, PlanReport
     from spmd_engine.stats import EngineStats, UpdateStats
@@ -77,7 +77,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(stats, name)
     if name == "FunctionCall":
-        from spmd_engine.control.messages import FunctionCall
+        from spmd_engine.control.generation import FunctionCall
 
         return FunctionCall
     if name in ("LinkSpeeds", "PlanReport"):

@@ -10,20 +10,33 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
+from spmd_engine.control.calls import (
+    Checksums,
+    Done,
+    Explained,
+    FlushCache,
+    Generate,
+    Generated,
+    Occupation,
+    ReleaseMemory,
+    ResumeMemory,
+    Updated,
+    WeightChecksums,
+)
 from spmd_engine.control.messages import Coming
 from spmd_engine.errors import MEMORY_TAGS, InvalidRequestError, MemoryNotOfferedError, MemoryOccupationError
 from spmd_engine.planning.plan import numbered
-from spmd_engine.planning.read_sets import from_plain
+from spmd_engine.planning.read_sets import unpack
 from spmd_engine.planning.report import LinkSpeeds, PlanReport, make_report
-from spmd_engine.stats import EngineStats, UpdateStats
+from spmd_engine.stats import Counters, EngineStats, UpdateStats
 from spmd_engine.trainer import requests as req
 from spmd_engine.trainer import tracing
 from spmd_engine.trainer.async_requests import AsyncRequests
 from spmd_engine.trainer.leader import LeaderCalls
 from spmd_engine.trainer.requests import GenerateOptions
-from spmd_engine.trainer.scheduler_client import Caller
+from spmd_engine.trainer.scheduler_client import SchedulerClient
 from spmd_engine.trainer.startup import Startup, mesh_ranks
-from spmd_engine.trainer.weight_updates import UpdateRequest, WeightUpdates
+from spmd_engine.trainer.weight_updates import PreparedUpdate, WeightUpdates
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +90,9 @@ class SpmdEngine(LeaderCalls):
         self._ranks, self.tp_rank = mesh_ranks(device_mesh_cpu)
         self._model_path, self._server_args = os.path.expanduser(os.fspath(model_path)), server_args
         self._timeout_s, self._log_dir, self._keeps_mapped = timeout_s, log_dir, bool(keep_mapped)
-        self._stats = EngineStats()
+        self._counters = Counters()
+        self._weight_version, self._sleeping = 0, tuple[str, ...]()
+        self._memory: dict[str, int] = {}
         self._device: int | None = None  # another thread may have another current device when it restarts the engine
         self._start(is_restart=False)
 
@@ -90,25 +105,21 @@ class SpmdEngine(LeaderCalls):
             rank=rank,
             timeout_s=self._timeout_s,
             keeps_mapped=self._keeps_mapped,
-            weight_version=self._stats.weight_version,
+            weight_version=self._weight_version,
             device=self._device,
             is_restart=is_restart,
         )
         self._process = startup.start(self._log_dir)
         self._device = startup.device
         self._tokenizer = startup.tokenizer
-        self._stats = replace(
-            self._stats,
-            weight_version=startup.weight_version,
-            restarts=self._stats.restarts + is_restart,
-            sleeping=(),
-        )
+        self._weight_version, self._sleeping = startup.weight_version, ()
+        if is_restart:
+            self._counters.add_restart()
         self._spin_s = 0.0 if startup.on_cpu else _SPIN_S
-        self._caller = Caller(rank, self._process, startup.rendezvous, self._timeout_s)
+        self._client = SchedulerClient(rank, self._process, startup.rendezvous, self._timeout_s)
         self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s, self._device)
-        self._requests = AsyncRequests(self._caller, self._tokenizer, self._timeout_s, self._count_sequences)
-        ready = self._caller.await_ready()
-        self._stats = replace(self._stats, memory=ready.memory)
+        self._requests = AsyncRequests(self._client, self._tokenizer, self._timeout_s, self._counters.add_sequences)
+        self._memory = self._client.await_ready().memory
         text = f"scheduler process {self._process.pid} serves {self._model_path}"
         self._log(logging.INFO, "start", text, pid=self._process.pid, weight_version=self.weight_version)
 
@@ -122,12 +133,12 @@ class SpmdEngine(LeaderCalls):
     @property
     def weight_version(self) -> int:
         """Number of weight updates committed so far; 0 is what SGLang loaded at the start."""
-        return self._stats.weight_version
+        return self._weight_version
 
     @property
     def sleeping(self) -> tuple[str, ...]:
         """Tags of the memory that is released now."""
-        return self._stats.sleeping
+        return self._sleeping
 
     @property
     def tokenizer(self) -> Any:
@@ -141,7 +152,9 @@ class SpmdEngine(LeaderCalls):
 
     def stats(self) -> EngineStats:
         """What this engine has done so far. Local to this rank; may be called at any time."""
-        return self._stats
+        return self._counters.snapshot(
+            weight_version=self._weight_version, sleeping=self._sleeping, memory=dict(self._memory)
+        )
 
     # ---- collective calls ----
 
@@ -176,29 +189,28 @@ class SpmdEngine(LeaderCalls):
             SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
         """
 
-        def prepare() -> tuple[Any, str]:
-            requests, single = req.build_requests(prompt, sampling_params, tokenizer=self._tokenizer, **options)
-            return (requests, single), f"generate({len(requests)} sequences)"
-
         started = time.monotonic()
-        (requests, single), outputs = self._caller.call("generate", prepare, as_payload=lambda made: made[0])
+        with self._client.collective("generate") as call:
+            requests, single = req.build_requests(prompt, sampling_params, tokenizer=self._tokenizer, **options)
+            outputs = call.finish(Generate(requests), Generated).outputs
         with tracing.span("format"):
             results = req.format_outputs(
                 requests,
                 outputs,
-                ids=[f"{self._caller.seq}-{i}" for i in range(len(requests))],
+                ids=[f"{call.seq}-{i}" for i in range(len(requests))],
                 tokenizer=self._tokenizer,
                 return_text_in_logprobs=return_text_in_logprobs,
             )
         seconds = time.monotonic() - started
-        self._stats = self._stats.with_rollout(results, seconds)
+        self._counters.add_rollout(results, seconds)
         if logger.isEnabledFor(logging.DEBUG):
             self._log(logging.DEBUG, "generate", f"{len(results)} sequences", sequences=len(results), seconds=seconds)
         return results[0] if single else results
 
     def flush_cache(self) -> None:
         """Drop SGLang's prefix cache."""
-        self._caller.call("flush_cache", lambda: (None, "flush_cache()"))
+        with self._client.collective("flush_cache") as call:
+            call.finish(FlushCache(), Done)
 
     def update_weights(
         self,
@@ -239,37 +251,32 @@ class SpmdEngine(LeaderCalls):
             SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
         """
         started = time.monotonic()
-
-        def prepare() -> tuple[Any, str]:
-            if running not in _RUNNING:
-                raise InvalidRequestError(f"running must be one of {list(_RUNNING)}, got {running!r}")
-            made = self._updates.prepare(source, verify=verify, running=running, rename=rename, caller=self._caller)
-            return made, f"update_weights({made.summary})"
-
-        def update() -> tuple[UpdateRequest, UpdateStats]:
-            return self._caller.call(
-                "update_weights",
-                prepare,
-                as_payload=lambda m: m.payload,
-                as_digest=lambda m: m.agreed,
-                refusal_payload=lambda: {"ranks": self._updates.last_ranks},
-                notice=Coming(),
-                prepare_span="describe",
-                spin_s=self._spin_s,
-            )
-
-        self._caller.check_owner()  # a fork has no thread that packs, but perhaps its lock
+        self._client.check_owner()  # a fork has no thread that packs, but perhaps its lock
         with self._updates.packing():
             try:
-                made, value = update()
+                made, stats = self._update_weights(source, verify, running, rename)
             except MemoryNotOfferedError:
-                made, value = update()
-        self._updates.committed(made)
-        stats = replace(value, describe_s=made.describe_s, total_s=time.monotonic() - started)
-        self._stats = self._stats.with_update(stats)
+                made, stats = self._update_weights(source, verify, running, rename)
+        self._updates.commit(made)
+        stats = replace(stats, describe_s=made.describe_s, total_s=time.monotonic() - started)
+        self._weight_version = stats.weight_version
+        self._counters.add_update(stats)
         if logger.isEnabledFor(logging.DEBUG):
             self._log(logging.DEBUG, "update_weights", f"weight version {stats.weight_version}", **vars(stats))
         return stats
+
+    def _update_weights(
+        self,
+        source: torch.nn.Module | Mapping[str, torch.Tensor],
+        verify: bool,
+        running: str,
+        rename: Callable[[str], str] | None,
+    ) -> tuple[PreparedUpdate, UpdateStats]:
+        with self._client.collective("update_weights", notice=Coming(), span="describe") as call:
+            if running not in _RUNNING:
+                raise InvalidRequestError(f"running must be one of {list(_RUNNING)}, got {running!r}")
+            made = self._updates.prepare(call, source, verify=verify, running=running, rename=rename)
+            return made, call.finish(made.body, Updated, spin_s=self._spin_s).stats
 
     def explain(
         self,
@@ -299,26 +306,18 @@ class SpmdEngine(LeaderCalls):
             SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
         """
 
-        def prepare() -> tuple[Any, str]:
-            described, payload, summary = self._updates.prepare_survey(source, rename=rename, caller=self._caller)
-            return (described.layout, payload), f"explain({summary})"
-
-        (layout, payload), found = self._caller.call(
-            "explain",
-            prepare,
-            as_payload=lambda made: made[1],
-            as_digest=lambda made: [made[1]["ranks"], made[1]["key"]],
-            refusal_payload=lambda: {"ranks": self._updates.last_ranks},
-        )
-        wants = {key: from_plain(plain) for key, plain in found["wants"].items()}
-        facts = dict(zip(payload["ranks"], found["ranks"], strict=True))
+        with self._client.collective("explain") as call:
+            body = self._updates.prepare_explain(call, source, rename=rename)
+            found = call.finish(body, Explained)
+        read_sets = {key: unpack(packed) for key, packed in found.read_sets.items()}
+        reads = dict(zip(body.holders, found.ranks, strict=True))
         return make_report(
-            layout,
-            {rank: wants[fact["wants"]] for rank, fact in facts.items()},
-            nodes=numbered({rank: fact["node"] for rank, fact in facts.items()}),
+            body.layout,
+            {rank: read_sets[one.read_sets] for rank, one in reads.items()},
+            nodes=numbered({rank: one.node for rank, one in reads.items()}),
             speeds=speeds or LinkSpeeds(),
-            off_loaded=frozenset(rank for rank, fact in facts.items() if fact["off_loaded"]),
-            fallback=found["fallback"],
+            off_loaded=frozenset(rank for rank, one in reads.items() if one.is_off_loaded),
+            fallback=found.fallback,
         )
 
     def weight_checksums(self) -> dict[str, str]:
@@ -326,12 +325,8 @@ class SpmdEngine(LeaderCalls):
 
         Two engines of the same shape hold the same weights if and only if these are equal on every rank.
         """
-        _, value = self._caller.call("weight_checksums", lambda: (None, "weight_checksums()"))
-        checksums: dict[str, str] = value
-        return checksums
-
-    def _count_sequences(self, results: list[dict[str, Any]]) -> None:
-        self._stats = self._stats.with_sequences(results)
+        with self._client.collective("weight_checksums") as call:
+            return call.finish(WeightChecksums(), Checksums).by_name
 
     # ---- memory ----
 
@@ -355,7 +350,7 @@ class SpmdEngine(LeaderCalls):
             CollectiveMismatchError, EngineBusyError: the engine stays usable.
             SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
         """
-        self._occupy("release_memory_occupation", tags)
+        self._change_occupation("release_memory_occupation", ReleaseMemory, tags)
 
     def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> None:
         """Take memory again that was released. When this returns, all ranks of the replica have it.
@@ -372,7 +367,7 @@ class SpmdEngine(LeaderCalls):
             CollectiveMismatchError, EngineBusyError: the engine stays usable.
             SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
         """
-        self._occupy("resume_memory_occupation", tags)
+        self._change_occupation("resume_memory_occupation", ResumeMemory, tags)
 
     def sleep(self) -> None:
         """Release all memory that can be released: `release_memory_occupation()`."""
@@ -382,15 +377,15 @@ class SpmdEngine(LeaderCalls):
         """Resume all memory that is released: `resume_memory_occupation()`. Staged, it has a lower peak."""
         self.resume_memory_occupation()
 
-    def _occupy(self, kind: str, tags: Sequence[str] | None) -> None:
-        def prepare() -> tuple[Any, str]:
-            return _check_tags(tags), f"{kind}({'' if tags is None else list(tags)})"
-
+    def _change_occupation(
+        self, name: str, body: type[ReleaseMemory] | type[ResumeMemory], tags: Sequence[str] | None
+    ) -> None:
         if not self._keeps_mapped:
             self._updates.forget_places()
-        _, (sleeping, memory) = self._caller.call(kind, prepare)
-        self._stats = replace(self._stats, sleeping=sleeping, memory=memory)
-        self._log(logging.DEBUG, kind, f"now asleep: {list(sleeping)}", sleeping=sleeping, memory=memory)
+        with self._client.collective(name) as call:
+            now = call.finish(body(_check_tags(tags)), Occupation)
+        self._sleeping, self._memory = now.sleeping, now.memory
+        self._log(logging.DEBUG, name, f"now asleep: {list(now.sleeping)}", sleeping=now.sleeping, memory=now.memory)
 
     # ---- life ----
 
@@ -404,13 +399,13 @@ class SpmdEngine(LeaderCalls):
         Raises:
             SpmdEngineError: all that making a SpmdEngine raises; it may be tried again.
         """
-        self._caller.check_owner()
-        self._caller.stop()
+        self._client.check_owner()
+        self._client.stop()
         self._start(is_restart=True)
 
     def shutdown(self) -> None:
         """End the scheduler process of this rank. Waits for no other rank, and may be called again."""
-        self._caller.stop()
+        self._client.stop()
 
     def _log(self, level: int, event: str, text: str, **fields: Any) -> None:
         """A record of the logger "spmd_engine.engine", with its fields in the attribute `spmd_engine`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,36 +96,65 @@ class EngineStats:
     last_update: UpdateStats | None = None
     memory: dict[str, int] = field(default_factory=dict)
 
-    def with_rollout(self, results: list[dict[str, Any]], seconds: float) -> EngineStats:
-        """These, and one more rollout."""
-        counted = self.with_sequences(results)
-        return replace(counted, rollouts=self.rollouts + 1, generate_s=self.generate_s + seconds)
 
-    def with_sequences(self, results: list[dict[str, Any]]) -> EngineStats:
-        """These, and more sequences."""
+class Counters:
+    """Counts what an engine does, for `EngineStats`.
 
+    Threads may count at the same time: a collective call and the event loop of `async_generate` do.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counted = EngineStats()
+
+    def snapshot(self, *, weight_version: int, sleeping: tuple[str, ...], memory: dict[str, int]) -> EngineStats:
+        """What was counted so far, with the present state of the engine."""
+        with self._lock:
+            return replace(self._counted, weight_version=weight_version, sleeping=sleeping, memory=memory)
+
+    def add_restart(self) -> None:
+        """Count one restart."""
+        with self._lock:
+            self._counted = replace(self._counted, restarts=self._counted.restarts + 1)
+
+    def add_rollout(self, results: list[dict[str, Any]], seconds: float) -> None:
+        """Count one rollout, and its sequences."""
+        with self._lock:
+            self._add_sequences(results)
+            self._counted = replace(
+                self._counted, rollouts=self._counted.rollouts + 1, generate_s=self._counted.generate_s + seconds
+            )
+
+    def add_sequences(self, results: list[dict[str, Any]]) -> None:
+        """Count sequences."""
+        with self._lock:
+            self._add_sequences(results)
+
+    def _add_sequences(self, results: list[dict[str, Any]]) -> None:
         def total(name: str) -> int:
             return sum(result["meta_info"][name] for result in results)
 
-        return replace(
-            self,
-            sequences=self.sequences + len(results),
-            prompt_tokens=self.prompt_tokens + total("prompt_tokens"),
-            completion_tokens=self.completion_tokens + total("completion_tokens"),
-            cached_tokens=self.cached_tokens + total("cached_tokens"),
+        before = self._counted
+        self._counted = replace(
+            before,
+            sequences=before.sequences + len(results),
+            prompt_tokens=before.prompt_tokens + total("prompt_tokens"),
+            completion_tokens=before.completion_tokens + total("completion_tokens"),
+            cached_tokens=before.cached_tokens + total("cached_tokens"),
         )
 
-    def with_update(self, update: UpdateStats) -> EngineStats:
-        """These, and one more weight update."""
-        return replace(
-            self,
-            weight_version=update.weight_version,
-            updates=self.updates + 1,
-            update_s=self.update_s + update.total_s,
-            update_phases_s={name: s + getattr(update, f"{name}_s") for name, s in self.update_phases_s.items()},
-            local_bytes=self.local_bytes + update.local_bytes,
-            remote_bytes=self.remote_bytes + update.remote_bytes,
-            network_bytes=self.network_bytes + update.network_bytes,
-            staged_bytes=self.staged_bytes + update.staged_bytes,
-            last_update=update,
-        )
+    def add_update(self, update: UpdateStats) -> None:
+        """Count one weight update."""
+        with self._lock:
+            before = self._counted
+            self._counted = replace(
+                before,
+                updates=before.updates + 1,
+                update_s=before.update_s + update.total_s,
+                update_phases_s={name: s + getattr(update, f"{name}_s") for name, s in before.update_phases_s.items()},
+                local_bytes=before.local_bytes + update.local_bytes,
+                remote_bytes=before.remote_bytes + update.remote_bytes,
+                network_bytes=before.network_bytes + update.network_bytes,
+                staged_bytes=before.staged_bytes + update.staged_bytes,
+                last_update=update,
+            )

@@ -1,24 +1,64 @@
-"""How scheduler processes that act together fail together: all of them hear of a failure before any of them raises."""
+"""Lets scheduler processes that act together fail together: all of them hear of a failure before any of them raises."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
+import msgspec
 import torch
 
-from spmd_engine.control.framing import Frame
 from spmd_engine.errors import ErrorReport, SpmdEngineError
 
 logger = logging.getLogger(__name__)
 
-#: All-gather of a header and a blob over the scheduler processes that act together; also a barrier.
-Exchange = Callable[[dict[str, Any], bytes], list[Frame]]
-#: [kind, message] of what went wrong on a rank, None if nothing did.
-Failure = list[str] | None
+M = TypeVar("M")
+#: What went wrong on a rank, None if nothing did.
+Failure = ErrorReport | None
 #: `attempt` for one process.
 Attempt = Callable[[Callable[[], object]], Failure]
+
+
+class AllGather(Protocol):
+    """All-gather of a message over the scheduler processes that act together; also a barrier."""
+
+    def __call__(self, message: M) -> list[M]: ...
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a step went on one rank."""
+
+    error: Failure = None
+
+
+class HasError(Protocol):
+    """A message of a rank that may have failed."""
+
+    @property
+    def error(self) -> Failure: ...
+
+
+class Announcement(msgspec.Struct, frozen=True):
+    """What a rank is about to do in a collective call.
+
+    Attributes:
+        call: name of the call.
+        digest, summary, is_overlapped: of the `Call`.
+        ranks: of all replicas that make it together; () for the own replica.
+        refusal: why this rank cannot make it now.
+        error: what the rank's replica has found out already, so that other replicas hear of it.
+        tokens: digest of the tokens that this rank has made; see `Outputs.digest`.
+    """
+
+    call: str
+    digest: str
+    summary: str
+    is_overlapped: bool
+    ranks: tuple[int, ...]
+    refusal: Failure
+    tokens: str
+    error: Failure = None
 
 
 def attempt(action: Callable[[], object], *, rank: int, device: torch.device) -> Failure:
@@ -36,50 +76,43 @@ def attempt(action: Callable[[], object], *, rank: int, device: torch.device) ->
     try:
         action()
     except SpmdEngineError as error:
-        failure = [type(error).__name__, str(error)]
+        failure = ErrorReport(type(error).__name__, str(error), rank)
     except Exception as error:
         logger.exception("weight update failed")
-        failure = ["TransferError", f"rank {rank}: {type(error).__name__}: {error}"]
+        failure = ErrorReport("TransferError", f"rank {rank}: {type(error).__name__}: {error}", rank)
     if failure is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return failure
 
 
-def raise_first(frames: list[Frame], ranks: tuple[int, ...]) -> None:
-    """Raise the failure of the first rank that has one: the same on all of them.
-
-    Args:
-        frames: what every rank has sent, "error" in its header.
-    """
-    for rank, (header, _) in zip(ranks, frames, strict=True):
-        if header["error"] is not None:
-            kind, message = header["error"]
-            raise ErrorReport(kind, message, rank).to_exception()
+def raise_first(outcomes: Sequence[HasError]) -> None:
+    """Raise the failure of the first rank that has one: the same on all of them."""
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error.to_exception()
 
 
-def verdict(ranks: tuple[int, ...], frames: list[Frame]) -> ErrorReport | None:
-    """What the ranks' announcements of a call amount to: None if all made the same one, alone."""
-    headers = [header for header, _ in frames]
-    for rank, header in zip(ranks, headers, strict=True):
-        if header.get("error"):
-            kind, message = header["error"]
-            return ErrorReport(kind, f"rank {rank}: {message}", rank)
-    if len({(header["kind"], header["digest"]) for header in headers}) > 1:
-        calls = "; ".join(f"rank {rank}: {h['summary']}" for rank, h in zip(ranks, headers, strict=True))
+def verdict(ranks: tuple[int, ...], announced: Sequence[Announcement]) -> ErrorReport | None:
+    """What the ranks' announcements of a call amount to: None if all make the same one, alone."""
+    each = list(zip(ranks, announced, strict=True))
+    for rank, one in each:
+        if one.error is not None:
+            return ErrorReport(one.error.kind, f"rank {rank}: {one.error.message}", rank)
+    if len({(one.call, one.digest) for one in announced}) > 1:
+        calls = "; ".join(f"rank {rank}: {one.summary}" for rank, one in each)
         return ErrorReport(
             "CollectiveMismatchError",
             f"the ranks made different calls, or passed different arguments to the same one: {calls}. "
             "All ranks must make the same calls in the same order",
         )
-    for rank, header in zip(ranks, headers, strict=True):
-        if header.get("refusal"):
-            kind, message = header["refusal"]
-            return ErrorReport(kind, f"rank {rank}: {message}", rank)
-    overlapped = [rank for rank, header in zip(ranks, headers, strict=True) if header["overlapped"]]
+    for rank, one in each:
+        if one.refusal is not None:
+            return ErrorReport(one.refusal.kind, f"rank {rank}: {one.refusal.message}", rank)
+    overlapped = [rank for rank, one in each if one.is_overlapped]
     if overlapped:
         return ErrorReport(
             "EngineBusyError",
-            f"{headers[0]['summary']} was called on rank {overlapped[0]} while another call of its engine was running; "
+            f"{announced[0].summary} was called on rank {overlapped[0]} while another call of its engine was running; "
             "wait for that one to return",
         )
     return None

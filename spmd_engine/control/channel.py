@@ -1,25 +1,26 @@
-"""Framed messages between a trainer rank and its own scheduler process, over an inherited Unix socket pair.
+"""Carries messages between a trainer rank and its own scheduler process, over an inherited Unix socket pair.
 
-Both ends are processes of one user and nobody else can reach the socket, so frames are pickles of the frozen
-dataclasses below. Links between scheduler processes, which do cross a network, carry JSON instead (`links.py`).
+Both ends are processes of one user, and nobody else can reach the socket.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import select
 import socket
 import struct
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+from spmd_engine.control import codec
 
 _HEADER = struct.Struct("<Q")
 # Longest pause inside a message: it is written as fast as it is read.
 _REST_S = 60.0
+In = TypeVar("In")
 
 
 class ChannelClosed(Exception):
@@ -47,13 +48,17 @@ def spin(sock: socket.socket, seconds: float) -> bool:
 
 
 @dataclass
-class Channel:
+class Channel(Generic[In]):
     """One end of the socket pair. `send` may be called from several threads, `recv` from one.
+
+    Args:
+        receives: type of the messages that come, a Struct or a union of tagged ones.
 
     The socket does not block, and every wait is a poll: uvloop makes a socket that it watches non-blocking in any case.
     """
 
     sock: socket.socket
+    receives: Any
     _send_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -78,8 +83,9 @@ class Channel:
         Raises:
             ChannelTimeout: the other end did not read.
             ChannelClosed: it is gone.
+            EncodeError: the message cannot be told; nothing was sent.
         """
-        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        data = codec.encode(message)
         frame = memoryview(b"M" + _HEADER.pack(len(data)) + data)
         size = len(frame)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -104,7 +110,7 @@ class Channel:
 
     def recv(
         self, timeout_s: float | None = None, watch_pidfd: int = -1, spin_s: float = 0.0
-    ) -> tuple[Any, tuple[int, ...]]:
+    ) -> tuple[In, tuple[int, ...]]:
         """Receive one message and the file descriptors that came with it.
 
         Args:
@@ -132,7 +138,8 @@ class Channel:
         except BaseException:
             self.give_up()  # the rest of a message must not be taken for the next one
             raise
-        return pickle.loads(data), tuple(fds)
+        message: In = codec.decode(data, self.receives)
+        return message, tuple(fds)
 
     def _wait(self, timeout_s: float | None, watch_pidfd: int) -> None:
         poller = select.poll()

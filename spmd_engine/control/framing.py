@@ -1,34 +1,34 @@
-"""Frames between scheduler processes: JSON plus raw bytes, never pickles."""
+"""Frames bytes for a stream between scheduler processes: a length, and so many bytes."""
 
 from __future__ import annotations
 
-import json
 import socket
 import struct
 import time
-from typing import Any
 
-_HEADER = struct.Struct("<II")
-_MAX_HEADER = 1 << 28
-Frame = tuple[dict[str, Any], bytes]
+_HEADER = struct.Struct("<Q")
+_MAX_SIZE = 1 << 36
 
 
-def frame(header: dict[str, Any], blob: bytes = b"") -> bytes:
-    """What `recv_frame` takes apart. An empty header takes no text: while requests run, most tickets are empty."""
-    text = json.dumps(header, separators=(",", ":")).encode() if header else b""
-    return _HEADER.pack(len(text), len(blob)) + text + blob
+def frame(data: bytes) -> bytes:
+    """What `recv_frame` takes apart."""
+    return _HEADER.pack(len(data)) + data
 
 
-def recv_frame(sock: socket.socket, limit: int = _MAX_HEADER, deadline: float | None = None) -> Frame:
-    """Receive a frame, within the socket's timeout or until a deadline. EOFError at the end of the stream."""
-    text_size, blob_size = _HEADER.unpack(_read(sock, _HEADER.size, deadline))
-    if text_size > limit or (limit != _MAX_HEADER and blob_size > limit):
-        raise ValueError(f"frame of {text_size} + {blob_size} bytes is over the limit of {limit}")
-    text = _read(sock, text_size, deadline)
-    return json.loads(text) if text else {}, _read(sock, blob_size, deadline)
+def recv_frame(sock: socket.socket, limit: int = _MAX_SIZE, deadline: float | None = None) -> bytes:
+    """Receive the bytes of a frame, within the socket's timeout or until a deadline.
+
+    Raises:
+        EOFError: the stream has ended.
+        ValueError: the frame claims to have more than `limit` bytes.
+    """
+    (size,) = _HEADER.unpack(_read(sock, _HEADER.size, deadline))
+    if size > limit:
+        raise ValueError(f"a frame of {size} bytes is over the limit of {limit}")
+    return bytes(_read(sock, size, deadline))
 
 
-def _read(sock: socket.socket, size: int, deadline: float | None) -> bytes:
+def _read(sock: socket.socket, size: int, deadline: float | None) -> bytearray:
     buffer = bytearray(size)
     view = memoryview(buffer)
     while view:
@@ -38,4 +38,4 @@ def _read(sock: socket.socket, size: int, deadline: float | None) -> bytes:
         if count == 0:
             raise EOFError
         view = view[count:]
-    return bytes(buffer)
+    return buffer

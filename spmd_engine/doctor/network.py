@@ -7,7 +7,7 @@ import ipaddress
 import random
 import socket
 
-from spmd_engine.control import links
+from spmd_engine.control import peer_group
 from spmd_engine.doctor.findings import Finding, Machine, failure, ok, skipped, warning
 from spmd_engine.trainer.rendezvous import interface_of, outgoing_address
 
@@ -105,7 +105,7 @@ def check_rendezvous(machine: Machine) -> Finding:
 
 def _check_own(address: str, way: str) -> Finding:
     try:
-        with links.listen(address) as listener:
+        with peer_group.listen(address) as listener:
             why = _knock(address, int(listener.getsockname()[1]))
     except OSError as error:
         why = str(error)

@@ -13,14 +13,17 @@ import os
 import socket
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from spmd_engine.control import codec
 from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.transfer import _native
 from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError
-from spmd_engine.transfer.handles import Exporter, OpenHandles, ShardMemory
+from spmd_engine.transfer.handles import Exporter, OpenHandles
 
 _ELEMENTS = 3 << 20  # 12 MiB: over several chunks of an expandable segment
 _TIMEOUT_S = 30.0
@@ -61,9 +64,8 @@ def offer_cuda() -> dict[str, Any]:
             memories.append({"error": str(error)})
             continue
         servers.append(server)
-        header, blob = memory.to_frame()
-        header["offered_at"] = server.address
-        memories.append({"header": header, "blob": blob.hex(), "chunks": sum(map(len, memory.chunks))})
+        told = codec.encode(replace(memory, offered_at=server.address)).hex()
+        memories.append({"memory": told, "chunks": sum(map(len, memory.chunks))})
     _kept = (kept, servers)
     return {"devices": devices, "peers": peers, "memories": memories}
 
@@ -119,7 +121,7 @@ def _read_one(handles: OpenHandles, reader: int, owner: int, offered: dict[str, 
     """What went wrong; "" if nothing did."""
     import torch
 
-    memory = ShardMemory.from_frame(offered["header"], bytes.fromhex(offered["blob"]))
+    memory = codec.decode(bytes.fromhex(offered["memory"]), ShardMemory)
     raw = ElementType.RAW32
     try:
         address = handles.addresses(memory, np.array([0]))[0]

@@ -346,10 +346,10 @@ class _Rank:
         """On rank 0: serve the store in which the ranks meet, on a port that is bound first; returns the port."""
         from torch.distributed import TCPStore
 
-        from spmd_engine.control import links
+        from spmd_engine.control import peer_group
 
         try:
-            with links.listen(host) as listener:
+            with peer_group.listen(host) as listener:
                 port = int(listener.getsockname()[1])
                 fd = os.dup(listener.fileno())
             self._store = TCPStore(

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from spmd_engine.errors import ConfigError, ErrorReport, SchedulerError
 from spmd_engine.on_paper.model_shapes import SHAPES, model_directory
 from spmd_engine.planning.layout import ITEM_SIZE, Mesh, Placement, Replicate, Shard, SourceLayout, Weight
-from spmd_engine.planning.read_sets import Want, from_plain
+from spmd_engine.planning.read_sets import PackedReadSets, Want, unpack
 from spmd_engine.planning.report import LinkSpeeds, PlanReport, make_report
 from spmd_engine.trainer.environment import child_environment
 
@@ -109,7 +111,7 @@ def plan_on_paper(
     for number, rank in enumerate(answer["ranks"]):
         if not number or rank["like"] != answer["ranks"][number - 1]["like"]:
             firsts = _firsts(rank["like"], names)
-        readers.append(_expanded(from_plain(rank["wants"]), firsts))
+        readers.append(_expanded(unpack(msgspec.convert(rank["wants"], PackedReadSets)), firsts))
         fallback |= _expanded(rank["fallback"], firsts)
     mesh = Mesh((cluster.replicate, cluster.fsdp), tuple(range(cluster.world)))
     weights = []

@@ -13,20 +13,20 @@ from functools import lru_cache
 from itertools import combinations, product
 from typing import Any
 
+import msgspec
+
 Shape = tuple[int, ...]
 # Element sizes in bytes of the dtypes that a weight may have, by torch's name without "torch.".
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(msgspec.Struct, frozen=True, tag=True):
     """Dimension `dim` is cut along this mesh dimension as torch.chunk cuts it: late ranks may have less, or nothing."""
 
     dim: int
 
 
-@dataclass(frozen=True)
-class StridedShard:
+class StridedShard(msgspec.Struct, frozen=True, tag=True):
     """Like `Shard`, but cut after all later mesh dimensions have cut theirs, as FSDP2 cuts what is tensor-parallel.
 
     It is torch's `_StridedShard(dim, split_factor)` where `split_factor` is the number of parts that the later mesh
@@ -36,8 +36,7 @@ class StridedShard:
     dim: int
 
 
-@dataclass(frozen=True)
-class FlatShard:
+class FlatShard(msgspec.Struct, frozen=True, tag=True):
     """The weight is a part of a flat buffer that is cut into equal chunks along this mesh dimension, as FSDP1 does it.
 
     Every rank holds an interval of the flattened weight, or nothing. The other mesh dimensions can only replicate.
@@ -51,8 +50,7 @@ class FlatShard:
     chunk: int
 
 
-@dataclass(frozen=True)
-class Replicate:
+class Replicate(msgspec.Struct, frozen=True, tag=True):
     """Every rank along this mesh dimension has all of it."""
 
 
@@ -128,13 +126,14 @@ class SourceLayout:
         ]
 
 
-def first_difference(layouts: Mapping[int, list[list[Any]]]) -> str:
+def first_difference(layouts: Mapping[int, SourceLayout]) -> str:
     """The first weight that ranks do not have alike, and how they have it; "" if there is none.
 
     Args:
-        layouts: by rank, as `SourceLayout.plain` makes them.
+        layouts: by rank.
     """
-    (first, expected), *others = ((rank, {name: how for name, *how in plain}) for rank, plain in layouts.items())
+    plains = {rank: layout.plain() for rank, layout in layouts.items()}
+    (first, expected), *others = ((rank, {name: how for name, *how in plain}) for rank, plain in plains.items())
     for rank, found in others:
         for name in [*expected, *found]:
             if (one := expected.get(name)) != (other := found.get(name)):

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -85,20 +84,29 @@ def united(wants: Iterable[Want]) -> list[Part]:
     return found
 
 
-def to_plain(wants: Mapping[str, Want]) -> dict[str, Any]:
-    """As values that JSON has; equal wants, of which there are many, once."""
-    numbers: dict[Want, int] = {}
-    names = {name: numbers.setdefault(want, len(numbers)) for name, want in wants.items()}
-    return {"names": names, "wants": [[want.parts, want.written] for want in numbers]}
+@dataclass(frozen=True)
+class PackedReadSets:
+    """Read sets by the name of the weight; equal ones, of which there are many, once.
+
+    Attributes:
+        numbers: for each weight an index into `sets`.
+        sets: what is read.
+    """
+
+    numbers: dict[str, int]
+    sets: list[Want]
 
 
-def from_plain(plain: Mapping[str, Any]) -> dict[str, Want]:
-    """What `to_plain` was given; equal wants are one object."""
-    wants = [
-        Want(tuple(tuple(tuple((a, b) for a, b in runs) for runs in part) for part in parts), written)
-        for parts, written in plain["wants"]
-    ]
-    return {name: wants[number] for name, number in plain["names"].items()}
+def pack(wants: Mapping[str, Want]) -> PackedReadSets:
+    """Read sets for another process."""
+    known: dict[Want, int] = {}
+    numbers = {name: known.setdefault(want, len(known)) for name, want in wants.items()}
+    return PackedReadSets(numbers, list(known))
+
+
+def unpack(packed: PackedReadSets) -> dict[str, Want]:
+    """What `pack` was given; equal read sets are one object."""
+    return {name: packed.sets[number] for name, number in packed.numbers.items()}
 
 
 def _runs(first: int, steps: list[tuple[int, int]]) -> Runs:

@@ -12,8 +12,8 @@ import traceback
 from typing import Any
 
 from spmd_engine.control.channel import Channel
-from spmd_engine.control.links import Links, LinkTimeout, PeerGone
-from spmd_engine.control.messages import FOR_THE_TRAINER, PROTOCOL, Ready, Start
+from spmd_engine.control.messages import FOR_THE_TRAINER, PROTOCOL, Ready, Start, ToScheduler
+from spmd_engine.control.peer_group import PeerGone, PeerGroup, PeerTimeout
 from spmd_engine.errors import ErrorReport, SpmdEngineError
 from spmd_engine.scheduler.watchdog import Watchdog
 
@@ -40,21 +40,21 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_TRAINER)
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
-    channel = Channel(sock)
+    channel = Channel[ToScheduler](sock, ToScheduler)
     start, _ = channel.recv(60.0)
     if not isinstance(start, Start) or start.protocol != PROTOCOL:
         raise SystemExit(f"expected Start of protocol {PROTOCOL}, got {start!r}")
     watchdog = Watchdog(
-        start.rank, channel, replica=start.link.ranks, trainer_pid=start.trainer_pid, scratch=start.scratch
+        start.rank, channel, replica=start.group.ranks, trainer_pid=start.trainer_pid, scratch=start.scratch
     )
     watchdog.start()
     try:
         try:
-            links = Links(start.rank, start.link, timeout_s=start.timeout_s)
-        except (LinkTimeout, PeerGone) as error:
-            watchdog.die(ErrorReport("SchedulerDiedError", f"no link to a peer: {error}", error.rank))
-        watchdog.add_links(links)
-        _serve(start, channel, links, watchdog)
+            replica = PeerGroup(start.rank, start.group, timeout_s=start.timeout_s)
+        except (PeerTimeout, PeerGone) as error:
+            watchdog.die(ErrorReport("SchedulerDiedError", f"no connection to a peer: {error}", error.rank))
+        watchdog.watch(replica)
+        _serve(start, channel, replica, watchdog)
     except SpmdEngineError as error:
         watchdog.die(ErrorReport(type(error).__name__, str(error), start.rank))
     except BaseException as error:
@@ -71,18 +71,18 @@ def main() -> None:
         )
 
 
-def _serve(start: Start, channel: Channel, links: Links, watchdog: Watchdog) -> None:
+def _serve(start: Start, channel: Channel[ToScheduler], replica: PeerGroup, watchdog: Watchdog) -> None:
     from spmd_engine.scheduler.adapter import starting
-    from spmd_engine.scheduler.receiver import Feed
+    from spmd_engine.scheduler.receiver import Receiver
 
-    feed = Feed(start, channel, links, watchdog)
-    scheduler = starting.make_scheduler(start, receiver=feed, sink=feed.outputs)
-    feed.attach(scheduler)
+    receiver = Receiver(start, channel, replica, watchdog)
+    scheduler = starting.make_scheduler(start, receiver=receiver, sink=receiver.outputs)
+    receiver.attach(scheduler)
     # What SGLang has imported and built stays for good; traversing it would pause a rollout for half a second.
     gc.collect()
     gc.freeze()
-    channel.send(Ready(feed.memory()))
-    feed.foresee()
+    channel.send(Ready(receiver.memory()))
+    receiver.prerecord()
     scheduler.run_event_loop()
 
 

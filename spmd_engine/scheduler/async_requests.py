@@ -1,6 +1,6 @@
-"""Requests beside others: what of them begins, ends, stops or goes on next, and what the trainer hears of them.
+"""Keeps the requests of `async_generate`: which begins, ends, stops or goes on next, and what the trainer hears of it.
 
-The first rank of a replica decides, and puts it into tickets; all ranks apply the same ones.
+The root of a replica decides, and puts it into step commands; all ranks apply the same ones.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ from itertools import groupby
 from typing import Any
 
 from spmd_engine.control.channel import Channel, ChannelClosed
+from spmd_engine.control.generation import Increment
 from spmd_engine.control.messages import (
     Abort,
-    Held,
-    Increment,
     ParseCalls,
     Parsed,
     Pause,
+    PauseState,
     Progress,
     Refused,
     Resume,
     Start,
     Submit,
     Submits,
+    ToScheduler,
 )
 from spmd_engine.errors import ErrorReport, SpmdEngineError
 from spmd_engine.scheduler.adapter import requests as sglang_requests
 from spmd_engine.scheduler.function_calls import FunctionCallFinder
 from spmd_engine.scheduler.memory import MemoryKeeper
 from spmd_engine.scheduler.outputs import Outputs
-from spmd_engine.scheduler.step_commands import Ticket
+from spmd_engine.scheduler.step_commands import StepCommands
 from spmd_engine.scheduler.weights import WeightsKeeper
 
 _LONGEST_SILENCE_S = 1.0
 
 
-class Service:
+class AsyncRequests:
     """The requests that the trainer of the first rank has submitted.
 
     Args:
@@ -51,16 +52,16 @@ class Service:
         is_paused: whether all stand still.
     """
 
-    def __init__(self, start: Start, channel: Channel) -> None:
+    def __init__(self, start: Start, channel: Channel[ToScheduler]) -> None:
         self._rank, self._channel = start.rank, channel
-        self.outputs = Outputs(self._report if start.rank == start.link.ranks[0] else None)
+        self.outputs = Outputs(self._report if start.rank == start.group.ranks[0] else None)
         self.is_paused = False
-        self._next_ticket = Ticket()
+        self._next = StepCommands()
         self._later: list[Submit] = []  # they came behind a collective call, or while all stand still
         self._wants_resume = False
         self._sign_s = min(_LONGEST_SILENCE_S, start.timeout_s / 4)
         self._next_sign, self._steps_then = 0.0, -1
-        self._reports: queue.SimpleQueue[Increment | Progress | Refused | Held | Parsed] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[Increment | Progress | Refused | PauseState | Parsed] = queue.SimpleQueue()
         self._finder = FunctionCallFinder(self._reports.put, start.rank)
         threading.Thread(target=self._write_reports, daemon=True, name="spmd_engine-reports").start()
 
@@ -88,7 +89,10 @@ class Service:
                 while not self._reports.empty():
                     batch.append(self._reports.get())
                 for is_increment, items in groupby(batch, key=lambda item: isinstance(item, Increment)):
-                    for message in [Progress(list(items))] if is_increment else items:
+                    if is_increment:
+                        self._channel.send(Progress([item for item in items if isinstance(item, Increment)]))
+                        continue
+                    for message in items:
                         self._channel.send(message)
 
     # ---- from the trainer, on the first rank ----
@@ -105,103 +109,100 @@ class Service:
         elif isinstance(message, Abort):
             self._abort(message.rids)
         elif isinstance(message, Pause):
-            self._next_ticket.pause, self._wants_resume = not self.is_paused, False
+            self._next.pause, self._wants_resume = not self.is_paused, False
         elif isinstance(message, Resume):
-            if self._next_ticket.pause and not behind_call:
-                self._next_ticket.pause = False  # it had not begun
+            if self._next.pause and not behind_call:
+                self._next.pause = False  # it had not begun
             else:
                 self._wants_resume = True
         elif isinstance(message, ParseCalls):
             self._finder.put(message, self._scheduler.tokenizer)
 
     def admit(self, *, behind_call: bool) -> None:
-        """Let requests into the next ticket, unless they are behind a collective call or all stand still."""
-        while self._later and not (behind_call or self.is_paused or self._next_ticket.pause):
+        """Let requests into the next commands, unless they are behind a collective call or all stand still."""
+        while self._later and not (behind_call or self.is_paused or self._next.pause):
             self._submit(self._later.pop(0))
 
     def _submit(self, submit: Submit) -> None:
-        """Put requests into the next ticket, or say why not: they must not fail on other ranks."""
+        """Put requests into the next commands, or say why not: they must not fail on other ranks."""
         try:
-            error = self._memory.refusal("generate", None)
-            if error is not None:
-                raise error
+            asleep = self._memory.generate_refusal()
+            if asleep is not None:
+                raise asleep
             self._weights.check_consistent()
-            # As the other ranks will see them.
-            submit = Submit({rid: request.as_told() for rid, request in submit.requests.items()}, submit.stream)
             for rid, request in submit.requests.items():
                 sglang_requests.make_request(request, rid, self._scheduler)
         except SpmdEngineError as error:
             report = ErrorReport(type(error).__name__, str(error), self._rank)
             self._reports.put(Refused(tuple(submit.requests), report))
             return
-        self._next_ticket.submits.append(submit)
+        self._next.submits.append(submit)
 
     def make_way(self, running: str) -> None:
         """For a weight update, which lets requests run ("wait"), or not so long ("abort", "pause")."""
-        waiting = [rid for submit in self._next_ticket.submits for rid in submit.requests]
+        waiting = [rid for submit in self._next.submits for rid in submit.requests]
         if running == "abort":
             self._abort((*self.outputs.served, *waiting))
-        elif running == "pause" and not self.is_paused and not self._next_ticket.pause:
-            self._next_ticket.pause = self._wants_resume = bool(self.outputs.served or waiting)
+        elif running == "pause" and not self.is_paused and not self._next.pause:
+            self._next.pause = self._wants_resume = bool(self.outputs.served or waiting)
 
     def _abort(self, aborted: Iterable[str]) -> None:
         """End requests, those that have not begun included."""
         rids = dict.fromkeys(aborted)
-        for submit in [*self._next_ticket.submits, *self._later]:
+        for submit in [*self._next.submits, *self._later]:
             gone = [rid for rid in submit.requests if rid in rids]
-            reason = {"type": "abort", "message": "aborted before it began"}
+            reason: dict[str, object] = {"type": "abort", "message": "aborted before it began"}
             for rid in gone:
                 del submit.requests[rid]
                 self._report([Increment(rid, array("q"), [], None, reason, 0, 0)])
-        self._next_ticket.submits = [submit for submit in self._next_ticket.submits if submit.requests]
+        self._next.submits = [submit for submit in self._next.submits if submit.requests]
         self._later = [submit for submit in self._later if submit.requests]
-        self._next_ticket.aborts += [rid for rid in rids if rid in self.outputs.served]
+        self._next.aborts += [rid for rid in rids if rid in self.outputs.served]
 
     def resume_if_wanted(self) -> None:
         """Let paused requests go on: not with released memory, nor with a mixture of weights."""
         if self._wants_resume and self._may_resume():
-            self._next_ticket.resume, self._wants_resume = self.is_paused, False
+            self._next.resume, self._wants_resume = self.is_paused, False
 
     def _may_resume(self) -> bool:
         try:
             self._weights.check_consistent()
         except SpmdEngineError:
             return False
-        return self._memory.refusal("generate", None) is None
+        return self._memory.generate_refusal() is None
 
-    # ---- tickets ----
+    # ---- step commands ----
 
     @property
-    def has_news(self) -> bool:
-        """Whether the next ticket says something."""
-        return self._next_ticket != Ticket()
+    def has_commands(self) -> bool:
+        """Whether the next commands say something."""
+        return self._next != StepCommands()
 
-    def take_ticket(self) -> Ticket:
-        """The next ticket, on the first rank."""
-        ticket, self._next_ticket = self._next_ticket, Ticket()
+    def take_commands(self) -> StepCommands:
+        """The next commands, on the root."""
+        commands, self._next = self._next, StepCommands()
         # What begins or ends in the same turn would not be stopped by a pause.
-        if ticket.pause and (ticket.submits or ticket.aborts or not sglang_requests.can_pause(self._scheduler)):
-            ticket.pause, self._next_ticket.pause = False, True
-        return ticket
+        if commands.pause and (commands.submits or commands.aborts or not sglang_requests.can_pause(self._scheduler)):
+            commands.pause, self._next.pause = False, True
+        return commands
 
-    def apply(self, ticket: Ticket) -> list[Any]:
-        """A ticket as SGLang's messages, on all ranks."""
+    def apply(self, commands: StepCommands) -> list[Any]:
+        """Step commands as SGLang's messages, on all ranks."""
         messages = []
-        for submit in ticket.submits:
+        for submit in commands.submits:
             made = [
                 sglang_requests.make_request(request, rid, self._scheduler, stream=submit.stream)
                 for rid, request in submit.requests.items()
             ]
             self.outputs.serve(list(submit.requests), [one.return_logprob for one in made], self._weights.version)
             messages.append(sglang_requests.make_batch(made))
-        messages += [sglang_requests.make_abort(rid) for rid in ticket.aborts]
-        if ticket.pause and not self.is_paused:
+        messages += [sglang_requests.make_abort(rid) for rid in commands.aborts]
+        if commands.pause and not self.is_paused:
             messages.append(sglang_requests.make_pause())
             self.is_paused = True
-            self._reports.put(Held(True))
-        if ticket.resume and self.is_paused:
+            self._reports.put(PauseState(True))
+        if commands.resume and self.is_paused:
             messages.append(sglang_requests.make_resume())
             self.is_paused = False
-            self._reports.put(Held(False))
-        self._weights.is_inspected = False
+            self._reports.put(PauseState(False))
         return messages

@@ -6,23 +6,42 @@ import socket
 from collections.abc import Mapping
 from functools import partial
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from spmd_engine.control.agreement import Exchange, attempt, raise_first
+from spmd_engine.control.agreement import AllGather, Failure, Outcome, attempt, raise_first
 from spmd_engine.control.channel import Channel
-from spmd_engine.control.framing import Frame
-from spmd_engine.control.messages import Packing, Start
+from spmd_engine.control.messages import Packing, Start, ToScheduler
 from spmd_engine.planning import bucket_plan
 from spmd_engine.planning.plan import TransferPlan
-from spmd_engine.transfer.bucketed import Network, StagedTransfer, join_store, serve_store
-from spmd_engine.transfer.handles import OpenHandles, ShardMemory
+from spmd_engine.planning.shard_memory import ShardMemory
+from spmd_engine.transfer.bucketed import BucketOffer, Network, StagedTransfer, join_store, serve_store
+from spmd_engine.transfer.handles import OpenHandles
 from spmd_engine.transfer.packing import PackLink
 
 
-class Staging:
-    """What the staged parts of several updates share: a network for each set of ranks, and the link to the packer.
+class _Offer(msgspec.Struct, frozen=True):
+    """A rank's buckets, and from the first rank where the store of the network is.
+
+    Attributes:
+        store: host and port; None if no store was made.
+    """
+
+    error: Failure
+    buckets: BucketOffer | None
+    store: tuple[str, int] | None
+
+
+class _Wanted(msgspec.Struct, frozen=True):
+    """What a rank wants packed by others: rows of `WANT_DTYPE`."""
+
+    rows: np.ndarray
+
+
+class BucketSetup:
+    """What the bucketed parts of several updates share: a network for each set of ranks, and the link to the packer.
 
     Args:
         start: of this process.
@@ -31,7 +50,9 @@ class Staging:
         handles: what this process has mapped; needed on a GPU.
     """
 
-    def __init__(self, start: Start, channel: Channel, *, device: torch.device, handles: OpenHandles | None) -> None:
+    def __init__(
+        self, start: Start, channel: Channel[ToScheduler], *, device: torch.device, handles: OpenHandles | None
+    ) -> None:
         self._start, self._channel, self._device, self._handles = start, channel, device, handles
         self._networks: dict[tuple[int, ...], Network] = {}
         self._packing: PackLink | None = None
@@ -41,7 +62,7 @@ class Staging:
         rest: TransferPlan,
         memories: Mapping[int, ShardMemory],
         nodes: Mapping[int, int],
-        exchange: Exchange,
+        gather: AllGather,
         bucket_bytes: int,
     ) -> StagedTransfer:
         """Plan with all ranks how the rest comes, and connect to them.
@@ -57,45 +78,44 @@ class Staging:
         """
         ranks, rank = tuple(memories), self._start.rank
         tried = partial(attempt, rank=rank, device=self._device)
-        frames = exchange({}, bucket_plan.wants(rest).tobytes())
-        wanted = {r: np.frombuffer(blob, bucket_plan.WANT_DTYPE) for r, (_, blob) in zip(ranks, frames, strict=True)}
+        told = gather(_Wanted(bucket_plan.wants(rest)))
+        wanted = {r: one.rows for r, one in zip(ranks, told, strict=True)}
         made: list[StagedTransfer] = []
-        offers: list[Frame] = []
-        stores: list[dist.Store] = []
+        buckets: list[BucketOffer] = []
+        stores: list[tuple[dist.Store, int]] = []
 
         def make() -> None:
             plan = bucket_plan.plan_stages(rest, wanted, rank=rank, nodes=nodes, bucket_bytes=bucket_bytes)
             trainer = self._link_to_packer() if memories[rank].is_cpu else None
             made.append(StagedTransfer(plan, rank=rank, device=self._device, handles=self._handles, trainer=trainer))
-            header, blob = made[0].offer()
+            buckets.append(made[0].offer())
             if plan.is_network and ranks not in self._networks and rank == ranks[0]:
-                store, port = serve_store(self._start.host, self._start.timeout_s)
-                stores.append(store)
-                header["store"] = [self._start.host, port]
-            offers.append((header, blob))
+                stores.append(serve_store(self._start.host, self._start.timeout_s))
 
         def connect() -> None:
             if made[0].plan.is_network and ranks not in self._networks:
-                host, port = offered[0][0]["store"]
+                assert offers[0].store is not None
+                host, port = offers[0].store
                 self._networks[ranks] = Network(
                     ranks,
                     rank,
                     host=self._start.host,
                     device=self._device,
-                    store=stores[0] if stores else join_store(str(host), int(port), self._start.timeout_s),
+                    store=stores[0][0] if stores else join_store(host, port, self._start.timeout_s),
                     timeout_s=self._start.timeout_s,
                 )
-            made[0].accept(dict(zip(ranks, offered, strict=True)), self._networks.get(ranks))
+            offered = {r: offer.buckets for r, offer in zip(ranks, offers, strict=True) if offer.buckets is not None}
+            made[0].accept(offered, self._networks.get(ranks))
 
         try:
             error = tried(make)
-            header, blob = offers[0] if error is None else ({}, b"")
-            offered = exchange({"error": error, **header}, blob)
-            raise_first(offered, ranks)
-            frames = exchange({"error": tried(connect)}, b"")
-            if any(state["error"] is not None for state, _ in frames):
+            store = (self._start.host, stores[0][1]) if stores else None
+            offers = gather(_Offer(error, None if error else buckets[0], store))
+            raise_first(offers)
+            outcomes = gather(Outcome(tried(connect)))
+            if any(outcome.error is not None for outcome in outcomes):
                 self.forget_network(ranks)  # some ranks may have joined it
-            raise_first(frames, ranks)
+            raise_first(outcomes)
         except BaseException:
             for one in made:
                 one.close()

@@ -1,77 +1,78 @@
-"""The scheduler process's side of `explain`: what all ranks would read, without reading any of it."""
+"""Finds out what all ranks would read in an update, without reading any of it."""
 
 from __future__ import annotations
 
-import json
 import math
-from typing import Any
 
+import msgspec
 import torch
 
-from spmd_engine.control.agreement import Exchange, attempt, raise_first
+from spmd_engine.control import codec
+from spmd_engine.control.agreement import AllGather, Failure, attempt, raise_first
+from spmd_engine.control.calls import Explain, Explained, ReadsOfRank
 from spmd_engine.control.digest import digest
 from spmd_engine.control.messages import Start
 from spmd_engine.planning import coverage
 from spmd_engine.planning.layout import ITEM_SIZE, SourceLayout
-from spmd_engine.planning.read_sets import Want, to_plain, wants_of
+from spmd_engine.planning.read_sets import PackedReadSets, Want, pack, wants_of
 from spmd_engine.scheduler.recording.loading import Loads, check_all_used, recorded
-from spmd_engine.scheduler.weights import WeightsKeeper
+from spmd_engine.scheduler.weights import Reach, WeightsKeeper
 
 
-def survey(
-    weights: WeightsKeeper, model: torch.nn.Module, payload: dict[str, Any], exchange: Exchange, *, start: Start
-) -> dict[str, Any]:
+class _Found(msgspec.Struct, frozen=True):
+    """What a rank has found out, or why it could not."""
+
+    error: Failure
+    reads: ReadsOfRank
+    used: Reach
+    fallback: dict[str, str]
+
+
+class _Said(msgspec.Struct, frozen=True):
+    """Read sets, from one of the ranks that have the same."""
+
+    read_sets: PackedReadSets | None
+
+
+def explain(
+    weights: WeightsKeeper, model: torch.nn.Module, call: Explain, gather: AllGather, *, start: Start
+) -> Explained:
     """What every rank would read in an update, the same answer on all of them.
 
     Args:
         model: SGLang's.
-        payload: from `spmd_engine.trainer.weight_updates`.
-        exchange: all-gather over the scheduler processes of `payload["ranks"]`.
+        gather: over the scheduler processes of `call.holders`.
         start: of this process.
-
-    Returns:
-        "ranks": for each rank the key of what it reads in "wants", its node, and whether its shards are off-loaded;
-        "wants": each as `wants.to_plain` makes it; "fallback": weights and reasons.
 
     Raises:
         PlanError: an update would be refused.
     """
-    ranks, (layout, optional) = tuple(payload["ranks"]), payload["layout"]
-    made: list[tuple[dict[str, Want], dict[str, str], dict[str, tuple[int, int]]]] = []
-    error = attempt(
-        lambda: made.append(
-            wants_and_fallback(weights.foreseen(layout) or recorded(model, layout, weights.conversion), layout)
-        ),
-        rank=start.rank,
-        device=weights.device,
-    )
+    made: list[tuple[dict[str, Want], dict[str, str], Reach]] = []
+
+    def record() -> None:
+        loads = weights.prerecorded(call.layout) or recorded(model, call.layout, weights.conversion)
+        made.append(wants_and_fallback(loads, call.layout))
+
+    error = attempt(record, rank=start.rank, device=weights.device)
     wants, fallback, used = made[0] if made else ({}, {}, {})
-    text = json.dumps(to_plain(wants))
-    fact = {
-        "error": error,
-        "wants": digest(text),
-        "node": start.node,
-        "off_loaded": payload["in_cpu_memory"] and weights.device.type != "cpu",
-    }
-    frames = exchange(fact, json.dumps([used, fallback]).encode())
-    raise_first(frames, ranks)
-    facts = [header for header, _ in frames]
-    found = [json.loads(blob) for _, blob in frames]
-    check_all_used(layout, optional, [used for used, _ in found])
+    read_sets = pack(wants)
+    is_off_loaded = call.is_in_cpu_memory and weights.device.type != "cpu"
+    reads = ReadsOfRank(digest([codec.encode(read_sets).hex()]), start.node, is_off_loaded)
+    found = gather(_Found(error, reads, used, fallback))
+    raise_first(found)
+    check_all_used(call.layout, call.optional, [one.used for one in found])
     # Ranks of all replicas read the same as those of the first: one of them says what.
-    keys = [header["wants"] for header in facts]
-    is_first = keys.index(fact["wants"]) == ranks.index(start.rank)
-    said = exchange({}, text.encode() if is_first else b"")
-    return {
-        "ranks": facts,
-        "wants": {key: json.loads(blob) for key, (_, blob) in zip(keys, said, strict=True) if blob},
-        "fallback": {name: why for _, reasons in found for name, why in reasons.items()},
-    }
+    keys = [one.reads.read_sets for one in found]
+    is_first = keys.index(reads.read_sets) == call.holders.index(start.rank)
+    said = gather(_Said(read_sets if is_first else None))
+    return Explained(
+        ranks=[one.reads for one in found],
+        read_sets={key: one.read_sets for key, one in zip(keys, said, strict=True) if one.read_sets is not None},
+        fallback={name: why for one in found for name, why in one.fallback.items()},
+    )
 
 
-def wants_and_fallback(
-    loads: Loads, layout: SourceLayout
-) -> tuple[dict[str, Want], dict[str, str], dict[str, tuple[int, int]]]:
+def wants_and_fallback(loads: Loads, layout: SourceLayout) -> tuple[dict[str, Want], dict[str, str], Reach]:
     """What this rank would read of each weight, which weights it would read whole for the model's own loader and why,
     and the first and last element of each that it reads.
 

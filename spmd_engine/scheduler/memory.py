@@ -8,21 +8,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from spmd_engine.control.agreement import AllGather
+from spmd_engine.control.calls import (
+    CallBody,
+    Explain,
+    Generate,
+    Occupation,
+    ReleaseMemory,
+    ResumeMemory,
+    UpdateWeights,
+    WeightChecksums,
+)
 from spmd_engine.control.messages import Start
 from spmd_engine.errors import MEMORY_TAGS, AsleepError, MemoryOccupationError, SpmdEngineError
 from spmd_engine.scheduler.adapter import memory as sglang_memory
 
 # How long other replicas may take to close what they have mapped of memory that a trainer has freed.
 _OTHERS_S = 3.0
+# Calls that need the weights alone.
+_OF_WEIGHTS = (UpdateWeights, Explain, WeightChecksums)
 # The order in which SGLang's own handlers release; they resume in the opposite one.
 _RELEASE_ORDER = ("kv_cache", "weights", "cuda_graph")
 assert sorted(_RELEASE_ORDER) == sorted(MEMORY_TAGS)
 
-Barrier = Callable[[dict[str, Any]], list[dict[str, Any]]]
+
+@dataclass(frozen=True)
+class _Room:
+    """Whether a rank has room for what it shall take again.
+
+    Attributes:
+        is_short: it had not, at once.
+        shortage: what is missing after the trainers' memory was unmapped; "" if nothing is.
+    """
+
+    is_short: bool = False
+    shortage: str = ""
 
 
 class MemoryKeeper:
@@ -48,27 +73,38 @@ class MemoryKeeper:
         """The tags that sleep."""
         return tuple(tag for tag in MEMORY_TAGS if tag in self._freed)
 
+    def occupation(self) -> Occupation:
+        """What sleeps now."""
+        return Occupation(self.sleeping, self.held())
+
     def held(self) -> dict[str, int]:
         """Bytes on the device by tag, 0 for those that sleep."""
         return {tag: 0 if tag in self._freed else size for tag, size in self._sizes.items()}
 
-    def refusal(self, kind: str, payload: Any) -> SpmdEngineError | None:
+    def refusal(self, call: CallBody) -> SpmdEngineError | None:
         """Why a call cannot be made now; the same on all ranks that made the same calls so far."""
-        if kind in ("release_memory_occupation", "resume_memory_occupation"):
-            return self._order_refusal(kind, payload)
-        of_weights = ("update_weights", "explain", "weight_checksums")
-        needs = {"generate": MEMORY_TAGS, **dict.fromkeys(of_weights, ("weights",))}
-        asleep = [tag for tag in needs.get(kind, ()) if tag in self._freed]
-        if asleep:
-            return AsleepError(f"{_names(asleep)} released: call resume_memory_occupation({asleep}) before {kind}")
-        return None
+        if isinstance(call, (ReleaseMemory, ResumeMemory)):
+            return self._order_refusal(call)
+        if isinstance(call, Generate):
+            return self.generate_refusal()
+        return self._asleep(("weights",), call.name) if isinstance(call, _OF_WEIGHTS) else None
 
-    def _order_refusal(self, kind: str, tags: Sequence[str] | None) -> SpmdEngineError | None:
+    def generate_refusal(self) -> AsleepError | None:
+        """Why nothing can be generated now."""
+        return self._asleep(MEMORY_TAGS, "generate")
+
+    def _asleep(self, needed: Sequence[str], name: str) -> AsleepError | None:
+        asleep = [tag for tag in needed if tag in self._freed]
+        if not asleep:
+            return None
+        return AsleepError(f"{_names(asleep)} released: call resume_memory_occupation({asleep}) before {name}")
+
+    def _order_refusal(self, call: ReleaseMemory | ResumeMemory) -> SpmdEngineError | None:
+        tags, releases = call.tags, isinstance(call, ReleaseMemory)
         if not self._is_enabled:
             return MemoryOccupationError(
-                f"{kind} needs an engine with the memory saver: SpmdEngine(..., enable_memory_saver=True)"
+                f"{call.name} needs an engine with the memory saver: SpmdEngine(..., enable_memory_saver=True)"
             )
-        releases = kind == "release_memory_occupation"
         if tags is None:
             if releases and len(self._freed) == len(MEMORY_TAGS):
                 return MemoryOccupationError("everything is released already: call resume_memory_occupation first")
@@ -84,15 +120,15 @@ class MemoryKeeper:
             f"{_names(wrong)} not released: resume only what sleeps, now {list(self.sleeping) or 'nothing'}"
         )
 
-    def release(self, tags: Sequence[str] | None, barrier: Barrier) -> list[str]:
+    def release(self, tags: Sequence[str] | None, gather: AllGather) -> list[str]:
         """Give the memory of `tags` back, None for all that is awake. Returns the tags that this released.
 
         Args:
-            barrier: all-gather over the replica; when it returns here, the memory of all its ranks is free.
+            gather: all-gather over the replica; when it returns here, the memory of all its ranks is free.
         """
         wanted = [tag for tag in _RELEASE_ORDER if tag not in self._freed and (tags is None or tag in tags)]
         self._settle()
-        barrier({})  # what other ranks had mapped and close just now must not be counted below
+        gather(_Room())  # what other ranks had mapped and close just now must not be counted below
         for tag in wanted:
             if tag == "weights":
                 constants = sglang_memory.unregistered_constants(self._scheduler)
@@ -100,14 +136,14 @@ class MemoryKeeper:
             before = self._free_bytes()
             sglang_memory.release_memory(self._scheduler, tag)
             self._freed[tag] = max(0, self._free_bytes() - before)
-        barrier({})
+        gather(_Room())
         return wanted
 
-    def resume(self, tags: Sequence[str] | None, barrier: Barrier) -> None:
+    def resume(self, tags: Sequence[str] | None, gather: AllGather) -> None:
         """Take the memory of `tags` again, None for all that sleeps.
 
         Args:
-            barrier: all-gather over the replica.
+            gather: all-gather over the replica.
 
         Raises:
             MemoryOccupationError: a rank has not enough free memory; all still sleeps.
@@ -115,10 +151,12 @@ class MemoryKeeper:
         wanted = [tag for tag in reversed(_RELEASE_ORDER) if tag in self._freed and (tags is None or tag in tags)]
         self._settle()
         is_short = self._free_bytes() < sum(self._freed[tag] for tag in wanted)
-        if any(answer["is_short"] for answer in barrier({"is_short": is_short})):
+        if any(room.is_short for room in gather(_Room(is_short=is_short))):
             self._unmap()
-            barrier({})  # from here on no rank of this replica maps memory of the trainers, so what they freed is free
-        self._check_free(wanted, barrier)
+            gather(
+                _Room()
+            )  # from here on no rank of this replica maps memory of the trainers, so what they freed is free
+        self._check_free(wanted, gather)
         for tag in wanted:
             sglang_memory.resume_memory(self._scheduler, tag)
             del self._freed[tag]
@@ -127,25 +165,25 @@ class MemoryKeeper:
                     for tensor, copy in self._kept:
                         tensor.copy_(copy)
                 self._kept = []
-        barrier({})
+        gather(_Room())
 
-    def _check_free(self, tags: list[str], barrier: Barrier) -> None:
+    def _check_free(self, tags: list[str], gather: AllGather) -> None:
         """Refuse, on all ranks, what the memory saver of one would end its process for."""
         needed, free = sum(self._freed[tag] for tag in tags), self._free_bytes()
         deadline = time.monotonic() + _OTHERS_S
         while free < needed and time.monotonic() < deadline:  # other replicas may still map what this trainer freed
             time.sleep(0.02)
             free = self._free_bytes()
-        shortage = None
+        shortage = ""
         if free < needed:
             shortage = (
                 f"rank {self._rank} needs {needed / 2**30:.2f} GiB for {tags} and {self._device} has only "
                 f"{free / 2**30:.2f} GiB free: free memory of the trainer (then torch.cuda.empty_cache()) and call "
                 "resume_memory_occupation again; nothing was resumed"
             )
-        for answer in barrier({"shortage": shortage}):
-            if answer["shortage"] is not None:
-                raise MemoryOccupationError(answer["shortage"])
+        for room in gather(_Room(shortage=shortage)):
+            if room.shortage:
+                raise MemoryOccupationError(room.shortage)
 
     def _settle(self) -> None:
         """Let all kernels end, and give back what torch only caches."""

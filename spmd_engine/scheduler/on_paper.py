@@ -17,12 +17,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 
-from spmd_engine.control.messages import PROTOCOL, LinkAddress, Start
+from spmd_engine.control.messages import PROTOCOL, GroupAddress, Start
 from spmd_engine.errors import ConfigError, ErrorReport, SpmdEngineError
 from spmd_engine.planning.layout import SourceLayout, Weight
-from spmd_engine.planning.read_sets import to_plain
+from spmd_engine.planning.read_sets import pack
 from spmd_engine.scheduler.adapter import starting
 from spmd_engine.scheduler.explain import wants_and_fallback
 from spmd_engine.scheduler.recording.checkpoint_format import Conversion, Described
@@ -60,7 +61,7 @@ def main() -> None:
         answer = _answer(Question(**json.load(sys.stdin)))
     except SpmdEngineError as error:
         answer = {"error": [type(error).__name__, str(error)]}
-    json.dump(answer, out)
+    out.write(msgspec.json.encode(answer).decode())
     out.close()
 
 
@@ -104,7 +105,7 @@ def _record_rank(rank: int) -> dict[str, Any]:
         loads = recorded(model, layout, conversion, covers=lambda parameter: _stem(parameter) not in left_out)
         wants, fallback, used = wants_and_fallback(loads, layout)
         return {
-            "wants": to_plain(wants),
+            "wants": pack(wants),
             "fallback": fallback,
             "used": used,
             "like": like,
@@ -143,7 +144,7 @@ def _start(question: Question, rank: int) -> Start:
         protocol=PROTOCOL,
         rank=rank,
         tp_rank=rank,
-        link=LinkAddress(tuple(range(question.tp_size)), "127.0.0.1", 0, ""),
+        group=GroupAddress(tuple(range(question.tp_size)), "127.0.0.1", 0, ""),
         model_path=question.model_path,
         server_args={**question.server_args, "load_format": "dummy", "skip_tokenizer_init": True},
         random_seed=0,

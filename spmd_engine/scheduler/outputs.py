@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from spmd_engine.control.messages import GenerateOutput, Increment, no_logprobs
+from spmd_engine.control.generation import GenerateOutput, Increment, no_logprobs
 
 _LOGPROB_FIELDS = tuple(no_logprobs())
 

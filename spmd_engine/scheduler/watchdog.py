@@ -6,7 +6,6 @@ It must not wait for the main thread, which may sit in a collective of SGLang fo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import shutil
@@ -17,9 +16,9 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from spmd_engine.control.channel import Channel, ChannelClosed, ChannelTimeout
-from spmd_engine.control.framing import recv_frame
-from spmd_engine.control.links import Links, is_cut_off
-from spmd_engine.control.messages import Failed
+from spmd_engine.control.codec import DecodeError
+from spmd_engine.control.messages import Failed, ToScheduler
+from spmd_engine.control.peer_group import Alarm, Goodbye, PeerGroup, is_cut_off
 from spmd_engine.errors import ErrorReport
 
 
@@ -35,7 +34,7 @@ class Watchdog(threading.Thread):
     """
 
     def __init__(
-        self, rank: int, channel: Channel, *, replica: tuple[int, ...], trainer_pid: int, scratch: str
+        self, rank: int, channel: Channel[ToScheduler], *, replica: tuple[int, ...], trainer_pid: int, scratch: str
     ) -> None:
         super().__init__(name="spmd_engine-watchdog", daemon=True)
         self.rank = rank
@@ -45,7 +44,7 @@ class Watchdog(threading.Thread):
         self._replica = replica
         self._trainer_pid = trainer_pid
         self._scratch = scratch
-        self._links: list[Links] = []
+        self._groups: list[PeerGroup] = []
         self._dying = threading.Lock()
         self._wake_read, self._wake_write = os.pipe()
         try:
@@ -55,9 +54,9 @@ class Watchdog(threading.Thread):
         if os.getppid() != trainer_pid:
             os._exit(1)
 
-    def add_links(self, links: Links) -> None:
-        """Watch these links, too."""
-        self._links.append(links)
+    def watch(self, group: PeerGroup) -> None:
+        """Watch this group, too."""
+        self._groups.append(group)
         os.write(self._wake_write, b"+")
 
     def run(self) -> None:
@@ -68,11 +67,11 @@ class Watchdog(threading.Thread):
             if self._trainer >= 0:
                 poller.register(self._trainer, select.POLLIN)
             peers = {}
-            for links in self._links:
-                for member, sock in links.alarms.items():
+            for group in self._groups:
+                for member, sock in group.alarms.items():
                     if member not in self.departed:
                         poller.register(sock, select.POLLIN)
-                        peers[sock.fileno()] = (links, member, sock)
+                        peers[sock.fileno()] = (group, member, sock)
             for fd, _ in poller.poll():
                 if fd == self._wake_read:
                     os.read(fd, 1)
@@ -81,11 +80,10 @@ class Watchdog(threading.Thread):
                 else:
                     self._hear(*peers[fd])
 
-    def _hear(self, links: Links, member: int, sock: socket.socket) -> None:
+    def _hear(self, group: PeerGroup, member: int, sock: socket.socket) -> None:
         try:
-            sock.settimeout(1.0)
-            news, _ = recv_frame(sock)
-        except (EOFError, OSError, ValueError, json.JSONDecodeError) as error:
+            news = group.recv_alarm(sock)
+        except (EOFError, OSError, ValueError, DecodeError) as error:
             what = f"the scheduler process of rank {member} ended unexpectedly"
             if is_cut_off(error):
                 what = (
@@ -94,16 +92,16 @@ class Watchdog(threading.Thread):
                 )
             self.die(ErrorReport("SchedulerDiedError", what, member))
             return
-        if links.rank == links.hub:
-            links.alarm(news, skip=member)
-        if "bye" in news:
-            left = int(news["bye"])
+        if group.rank == group.root:
+            group.alarm(news, skip=member)
+        if isinstance(news, Goodbye):
+            left = news.rank
             self.departed.add(left)
             if left in self._replica and self.is_generating():
                 message = f"rank {left} shut its engine down in the middle of a call of rank {self.rank}"
                 self.die(ErrorReport("EngineClosedError", message, left))
         else:
-            self.die(ErrorReport(str(news["kind"]), str(news["message"]), int(news["rank"])), forward=False)
+            self.die(news.error, forward=False)
 
     def _trainer_gone(self) -> None:
         # A trainer that goes away after `Shutdown` does no harm: the main thread ends this process by itself.
@@ -116,8 +114,8 @@ class Watchdog(threading.Thread):
         if not self._dying.acquire(blocking=False):
             threading.Event().wait()  # another thread is reporting an earlier failure
         if forward:
-            for links in self._links:
-                links.alarm({"kind": error.kind, "message": error.message, "rank": error.rank})
+            for group in self._groups:
+                group.alarm(Alarm(error))
         with contextlib.suppress(ChannelClosed, ChannelTimeout):
             self._channel.send(Failed(error), timeout_s=2.0)
         print(f"[spmd_engine] rank {self.rank} ends: {error.kind}: {error.message}", file=sys.stderr, flush=True)
@@ -126,6 +124,6 @@ class Watchdog(threading.Thread):
     def leave(self) -> None:
         """Tell the peers that this process ends because its trainer rank said so; then end it."""
         self._dying.acquire()
-        for links in self._links:
-            links.alarm({"bye": self.rank})
+        for group in self._groups:
+            group.alarm(Goodbye(self.rank))
         os._exit(0)

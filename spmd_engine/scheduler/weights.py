@@ -1,29 +1,31 @@
-"""The scheduler process's side of `update_weights`: record and plan once, then copy, then commit on all ranks."""
+"""Updates the weights of one scheduler process: record and plan once, then copy, then commit on all ranks."""
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 
-from spmd_engine.control.agreement import Exchange, Failure, attempt, raise_first
+from spmd_engine.control.agreement import AllGather, Failure, Outcome, attempt, raise_first
+from spmd_engine.control.calls import CallBody, Explain, UpdateWeights
 from spmd_engine.control.channel import Channel
-from spmd_engine.control.framing import Frame
-from spmd_engine.control.messages import Start
+from spmd_engine.control.messages import Start, ToScheduler
 from spmd_engine.errors import SpmdEngineError, WeightsInconsistentError
 from spmd_engine.planning import bucket_plan, coverage
 from spmd_engine.planning.layout import SourceLayout, Weight, contiguous_strides
 from spmd_engine.planning.plan import RecordedCopy, TransferPlan, build_plan, numbered
+from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.scheduler.adapter import memory as sglang_memory
 from spmd_engine.scheduler.adapter import model as sglang_model
-from spmd_engine.scheduler.bucket_setup import Staging
+from spmd_engine.scheduler.bucket_setup import BucketSetup
+from spmd_engine.scheduler.plan_cache import Places, PlanCache, PlanKey, Prepared
 from spmd_engine.scheduler.recording.checkpoint_format import Conversion
 from spmd_engine.scheduler.recording.loading import (
     Foresight,
@@ -36,39 +38,42 @@ from spmd_engine.scheduler.recording.loading import (
 from spmd_engine.scheduler.recording.recording import DTYPES
 from spmd_engine.stats import UpdateStats
 from spmd_engine.transfer import direct
-from spmd_engine.transfer.bucketed import StagedTransfer
 from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError
 from spmd_engine.transfer.fingerprint import Probe
-from spmd_engine.transfer.handles import OpenHandles, ShardMemory
+from spmd_engine.transfer.handles import OpenHandles
 
 logger = logging.getLogger(__name__)
 
-# Of each rank of an update the number of its node, and whether its shards are in CPU memory.
-Situation = tuple[tuple[int, bool], ...]
+Reach = dict[str, tuple[int, int]]
 
 
-@dataclass
-class _Prepared:
-    """What the first update with a layout leaves for the later ones."""
+class UpdateNews(msgspec.Struct, frozen=True):
+    """What the other ranks must know of a rank before an update.
 
-    layout: SourceLayout
-    plan: TransferPlan  # of what is read in place
-    buffers: dict[str, torch.Tensor]  # whole weights for the fallback
-    converted: frozenset[str]  # those of them that the loader knows under other names
-    used: dict[str, tuple[int, int]]
-    record_s: float
-    plan_s: float
-    transfer: direct.Transfer
-    staged: StagedTransfer | None  # what cannot be read in place
-    has_constants: bool  # the loader fills some elements by itself
-    derivations: list[Callable[[], Any]]  # of tensors that are no parameters
-    target: Probe  # a loader that replaces a parameter makes the plan void
-    is_bound: bool = False  # to the present addresses of the shards
+    Attributes:
+        is_new: the rank has no plan for the layout.
+        is_open: its plan holds the present addresses of the shards.
+        memory: where the rank's shards are; None if they are where they were.
+        version: its weight version.
+        node: identity of its node.
+    """
 
-    def close(self) -> None:
-        self.transfer.close()
-        if self.staged is not None:
-            self.staged.close()
+    is_new: bool
+    is_open: bool
+    memory: ShardMemory | None
+    version: int
+    node: str
+
+
+#: In calls that are no update.
+NO_NEWS = UpdateNews(False, False, None, 0, "")
+
+
+class _Read(msgspec.Struct, frozen=True):
+    """What a rank's plan reads, or why it has none."""
+
+    error: Failure
+    used: Reach
 
 
 class WeightsKeeper:
@@ -78,22 +83,16 @@ class WeightsKeeper:
         version: number of the last update that was committed.
         device: of the parameters.
         conversion: of the trainer's names and shapes to those that the model's loader knows.
-        is_inspected: whether all plans are known to fit the parameters that SGLang has now.
     """
 
-    def __init__(self, scheduler: Any, start: Start, channel: Channel) -> None:
+    def __init__(self, scheduler: Any, start: Start, channel: Channel[ToScheduler]) -> None:
         self.version = start.weight_version
-        self.is_inspected = False
-        self._scheduler, self._rank = scheduler, start.rank
-        self._layouts: dict[str, tuple[SourceLayout, frozenset[str]]] = {}
-        # By layout, and by where the shards were: what cannot be read in place takes another plan.
-        self._prepared: dict[tuple[str, Situation], _Prepared] = {}
-        self._situations: dict[str, Situation] = {}  # the last one of each layout
-        self._memories: dict[int, ShardMemory] = {}  # of each rank, as it last said
-        self._node = start.node
+        self._scheduler, self._rank, self._node = scheduler, start.rank, start.node
+        self._plans = PlanCache()
         self.device = next(sglang_model.model_of(scheduler).parameters()).device
-        self._handles = None if self.device.type == "cpu" else OpenHandles(self.device.index or 0)
-        self._staging = Staging(start, channel, device=self.device, handles=self._handles)
+        handles = None if self.device.type == "cpu" else OpenHandles(self.device.index or 0)
+        self._places = Places(handles)
+        self._buckets = BucketSetup(start, channel, device=self.device, handles=handles)
         self._offered: DescriptorServer | None = None
         self._broken: str | None = None
         if start.is_restart:
@@ -103,7 +102,7 @@ class WeightsKeeper:
         self._foresight: Foresight | None = None
         self._attempt = partial(attempt, rank=start.rank, device=self.device)
 
-    def foresee(self) -> None:
+    def prerecord(self) -> None:
         """Record how the first weights will load, while there is nothing else to do, if that takes long."""
         try:
             if self.conversion.is_known_to_fuse:
@@ -111,7 +110,7 @@ class WeightsKeeper:
         except Exception as error:  # of whatever kind: the update itself will tell
             logger.info("rank %d: how the first weights will load cannot be foreseen: %s", self._rank, error)
 
-    def foreseen(self, layout: SourceLayout) -> Loads | None:
+    def prerecorded(self, layout: SourceLayout) -> Loads | None:
         """How the weights of a layout load, if that is known before any update."""
         return self._foresight.loads(sglang_model.model_of(self._scheduler), layout) if self._foresight else None
 
@@ -142,54 +141,44 @@ class WeightsKeeper:
 
     def unmap(self) -> None:
         """Close the trainers' memory, so that they can free it. The next update opens it again, for the same plans."""
-        for prepared in self._prepared.values():
-            prepared.is_bound = False
-        if self._handles is not None:
-            self._handles.close()
+        self._places.close()
 
-    def inspect(self) -> None:
-        """Drop plans whose parameters SGLang has replaced. It cannot do so from here to the next call."""
-        if self.is_inspected:
-            return
-        model = sglang_model.model_of(self._scheduler)
-        for key in [key for key, prepared in self._prepared.items() if not prepared.target.holds(model)]:
-            self._prepared.pop(key).close()
-        self.is_inspected = True
+    def parameters_may_change(self) -> None:
+        """SGLang runs from now on."""
+        self._plans.parameters_may_change()
 
-    def layout_of(self, payload: dict[str, Any]) -> SourceLayout:
-        """The layout that the payload of an update or a survey names; it is remembered."""
-        if payload["layout"] is not None:
-            self._layouts[payload["key"]] = payload["layout"]
-        return self._layouts[payload["key"]][0]
+    def drop_stale_plans(self) -> None:
+        """Drop plans whose parameters SGLang has replaced."""
+        self._plans.drop_stale(sglang_model.model_of(self._scheduler))
 
-    def announce(self, payload: dict[str, Any]) -> Frame:
-        """What the other ranks must know before this update: what this one has prepared, and where its shards are.
+    def layout_of(self, call: CallBody) -> SourceLayout:
+        """The layout that an update or an explanation is about."""
+        if isinstance(call, Explain):
+            return call.layout
+        assert isinstance(call, UpdateWeights)
+        return self._plans.layout(call.key)[0]
 
-        Args:
-            payload: from `spmd_engine.trainer.weight_updates`.
-        """
-        key = payload["key"]
-        self.layout_of(payload)
-        memory: ShardMemory | None = payload["memory"]
+    def announce(self, call: UpdateWeights) -> UpdateNews:
+        """What the other ranks must know before this update: what this one has prepared, and where its shards are."""
+        self._plans.learn(call.key, call.layout, call.optional)
+        memory = call.memory
         if memory is not None and self._offered is not None:
             memory = replace(memory, offered_at=self._offered.address)
-        described, places = (None, b"") if memory is None else memory.to_frame()
-        self.inspect()
-        prepared = self._prepared.get((key, self._situations.get(key, ())))
-        news = {
-            "is_new": prepared is None,
-            "is_bound": prepared is not None and prepared.is_bound,
-            "memory": described,
-            "version": self.version,
-            "node": self._node,
-        }
-        return news, places
+        self.drop_stale_plans()
+        prepared = self._plans.latest(call.key)
+        return UpdateNews(
+            is_new=prepared is None,
+            is_open=prepared is not None and prepared.opened_at == self._places.generation,
+            memory=memory,
+            version=self.version,
+            node=self._node,
+        )
 
     def update(
         self,
-        payload: dict[str, Any],
-        frames: list[Frame],
-        exchange: Exchange,
+        call: UpdateWeights,
+        news: list[UpdateNews],
+        gather: AllGather,
         enter: Callable[[str], None],
         *,
         flush: bool,
@@ -198,9 +187,8 @@ class WeightsKeeper:
         """One collective weight update. All shards are final.
 
         Args:
-            payload: from `spmd_engine.trainer.weight_updates`.
-            frames: what all ranks have announced.
-            exchange: all-gather over the scheduler processes of `payload["ranks"]`; also a barrier.
+            news: what all ranks have announced, in the order of `call.holders`.
+            gather: over the scheduler processes of `call.holders`; also a barrier.
             enter: told of each phase as it begins.
             flush: drop the prefix cache. If it sleeps, that has been done, and its memory must not be touched.
             wait_s: seconds that the announcements took.
@@ -210,64 +198,63 @@ class WeightsKeeper:
             TransferError: shards cannot be reached, and nothing was written; or the copy failed on some rank, and
                 `generate` refuses until an update succeeds.
         """
-        ranks, key = tuple(payload["ranks"]), payload["key"]
-        self._take_places(ranks, frames)
-        nodes = numbered({rank: str(state["node"]) for rank, (state, _) in zip(ranks, frames, strict=True)})
-        situation: Situation = tuple((nodes[rank], self._memories[rank].is_cpu) for rank in ranks)
-        # What any rank needs, all do: each step ends in an exchange that all must reach.
-        if any(state["is_new"] for state, _ in frames):
-            self._forget(key)
-        is_new = (key, situation) not in self._prepared
-        if is_new:
+        ranks = call.holders
+        self._places.take(dict(zip(ranks, (one.memory for one in news), strict=True)))
+        nodes = numbered({rank: one.node for rank, one in zip(ranks, news, strict=True)})
+        key = (call.key, tuple((nodes[rank], memory.is_cpu) for rank, memory in self._places.of(ranks).items()))
+        # What any rank needs, all do: each step ends in an all-gather that all must reach.
+        if any(one.is_new for one in news):
+            self._plans.drop(call.key)
+        prepared = self._plans.get(key)
+        is_new = prepared is None
+        if prepared is None:
             enter("plan")
-            made = self._prepare_together(key, ranks, nodes, exchange, payload["bucket_bytes"])
-            self._prepared[key, situation] = made
-        self._situations[key] = situation
-        prepared = self._prepared[key, situation]
-        binding = time.monotonic()
-        if is_new or any(state["memory"] is not None or not state["is_bound"] for state, _ in frames):
+            prepared = self._prepare_together(key, ranks, nodes, gather, call.bucket_bytes)
+        self._plans.use(key, prepared)
+        opening = time.monotonic()
+        if is_new or any(one.memory is not None or not one.is_open for one in news):
             enter("bind")
-            self._bind_together(prepared, ranks, exchange)
+            self._open_together(prepared, ranks, gather)
 
         enter("copy")
         copying = time.monotonic()
-        verify, done = bool(payload["verify"]), list[tuple[float, int | None]]()
-        error = self._attempt(lambda: self._begin(prepared, flush=flush))
+        verify, done = call.verify, list[tuple[float, int | None]]()
+        assert prepared.opened_at == self._places.generation  # its addresses are those of memory that is mapped
+        ready = prepared
+        error = self._attempt(lambda: self._begin(ready, flush=flush))
         wrong, is_over = 0, False
-        if prepared.staged is not None:
+        if prepared.bucketed is not None:
 
             def agree(failure: Failure) -> bool:
-                return any(state["error"] is not None for state, _ in exchange({"error": failure}, b""))
+                return any(outcome.error is not None for outcome in gather(Outcome(failure)))
 
-            error, is_over, wrong = prepared.staged.run(agree, self._attempt, error, verify=verify)
+            error, is_over, wrong = prepared.bucketed.run(agree, self._attempt, error, verify=verify)
         if error is None and not is_over:
-            error = self._attempt(lambda: done.append(self._end(prepared, verify=verify)))
+            error = self._attempt(lambda: done.append(self._end(ready, verify=verify)))
         enter("commit")
         copied = time.monotonic()
-        self.is_inspected = False
-        tried = max(state["version"] for state, _ in frames) + 1  # a death at a commit may have left ranks behind
-        outcome = exchange({"error": error}, b"")
-        if prepared.staged is not None and any(state["error"] is not None for state, _ in outcome):
-            self._staging.forget_network(ranks)
-            # Those for other layouts use the same network and the same link to the packer.
-            for one in [one for one, other in self._prepared.items() if other.staged is not None]:
-                self._prepared.pop(one).close()
-        self._finish(outcome, ranks, tried)
+        self._plans.parameters_may_change()  # by a loader
+        tried = max(one.version for one in news) + 1  # a death at a commit may have left ranks behind
+        outcomes = gather(Outcome(error))
+        if prepared.bucketed is not None and any(outcome.error is not None for outcome in outcomes):
+            self._buckets.forget_network(ranks)
+            self._plans.drop_bucketed()
+        self._finish(outcomes, tried)
         device_s, wrong_in_place = done[0]
         return UpdateStats(
             weight_version=self.version,
             planned=is_new,
             local_bytes=prepared.plan.local_bytes,
             remote_bytes=prepared.plan.remote_bytes,
-            network_bytes=prepared.staged.plan.network_bytes if prepared.staged else 0,
-            staged_bytes=prepared.staged.plan.staged_bytes if prepared.staged else 0,
+            network_bytes=prepared.bucketed.plan.network_bytes if prepared.bucketed else 0,
+            staged_bytes=prepared.bucketed.plan.staged_bytes if prepared.bucketed else 0,
             block_copies=len(prepared.plan.table),
             fallback_weights=tuple(sorted(prepared.buffers)),
             wrong_elements=None if wrong_in_place is None else wrong_in_place + wrong,
             record_s=prepared.record_s if is_new else 0.0,
             plan_s=prepared.plan_s if is_new else 0.0,
             wait_s=wait_s,
-            bind_s=copying - binding,
+            bind_s=copying - opening,
             copy_s=copied - copying,
             device_s=device_s,
             commit_s=time.monotonic() - copied,
@@ -275,63 +262,45 @@ class WeightsKeeper:
 
     # ---- before the copy ----
 
-    def _take_places(self, ranks: tuple[int, ...], frames: list[Frame]) -> None:
-        """Remember where the shards of all ranks are now."""
-        for rank, (state, places) in zip(ranks, frames, strict=True):
-            if state["memory"] is not None:
-                self._memories[rank] = ShardMemory.from_frame(state["memory"], places)
-                for prepared in self._prepared.values():
-                    prepared.is_bound = False
-
-    def _bind_together(self, prepared: _Prepared, ranks: tuple[int, ...], exchange: Exchange) -> None:
+    def _open_together(self, prepared: Prepared, ranks: tuple[int, ...], gather: AllGather) -> None:
         """Open what has moved, on all ranks, before any of them writes."""
-        memories = {rank: self._memories[rank] for rank in ranks}
-        for one in self._prepared.values():  # others may read what is closed now
-            one.is_bound = False
+        memories = self._places.of(ranks)
 
-        def bind() -> None:
-            if self._handles is not None:  # what has moved is closed before its successor is opened
-                shards = [handle for memory in memories.values() for handle in memory.handles]
-                buckets = [b for p in self._prepared.values() if p.staged is not None for b in p.staged.buckets()]
-                self._handles.keep_only([*shards, *buckets])
+        def open_memory() -> None:
+            shards = [handle for memory in memories.values() for handle in memory.handles]
+            buckets = [b for p in self._plans.all() if p.bucketed is not None for b in p.bucketed.buckets()]
+            self._places.keep_only([*shards, *buckets])  # what has moved is closed before its successor is opened
             prepared.transfer.bind(memories)
-            if prepared.staged is not None:
-                prepared.staged.bind(memories)
+            if prepared.bucketed is not None:
+                prepared.bucketed.bind(memories)
 
-        raise_first(exchange({"error": self._attempt(bind)}, b""), ranks)
-        prepared.is_bound = True
-
-    def _forget(self, key: str) -> None:
-        """Drop all plans for a layout."""
-        for one in [one for one in self._prepared if one[0] == key]:
-            self._prepared.pop(one).close()
+        raise_first(gather(Outcome(self._attempt(open_memory))))
+        prepared.opened_at = self._places.generation
 
     def _prepare_together(
-        self, key: str, ranks: tuple[int, ...], nodes: Mapping[int, int], exchange: Exchange, bucket_bytes: int
-    ) -> _Prepared:
+        self, key: PlanKey, ranks: tuple[int, ...], nodes: Mapping[int, int], gather: AllGather, bucket_bytes: int
+    ) -> Prepared:
         """Record and plan on all ranks; none keeps a plan that another could not make."""
-        made: list[tuple[_Prepared, TransferPlan]] = []
-        memories = {rank: self._memories[rank] for rank in ranks}
-        error = self._attempt(lambda: made.append(self._prepare(key, memories, nodes)))
-        used = made[0][0].used if made else {}
-        frames = exchange({"error": error}, json.dumps(used).encode())
-        raise_first(frames, ranks)
-        layout, optional = self._layouts[key]
-        check_all_used(layout, optional, [json.loads(blob) for _, blob in frames])
-        prepared, rest = made[0]
+        made: list[tuple[Prepared, TransferPlan, Reach]] = []
+        memories = self._places.of(ranks)
+        layout, optional = self._plans.layout(key[0])
+        error = self._attempt(lambda: made.append(self._prepare(layout, memories, nodes)))
+        reads = gather(_Read(error, made[0][2] if made else {}))
+        raise_first(reads)
+        check_all_used(layout, optional, [read.used for read in reads])
+        prepared, rest, _ = made[0]
         # The same on all ranks: whether any of them has something that it cannot read in place.
         if any(direct.unreachable(memories, nodes, rank, self.device) for rank in ranks):
-            prepared.staged = self._staging.prepare(rest, memories, nodes, exchange, bucket_bytes)
+            prepared.bucketed = self._buckets.prepare(rest, memories, nodes, gather, bucket_bytes)
         return prepared
 
     def _prepare(
-        self, key: str, memories: Mapping[int, ShardMemory], nodes: Mapping[int, int]
-    ) -> tuple[_Prepared, TransferPlan]:
-        """Record and plan. Returns also what of the plan cannot be read in place."""
-        layout, _ = self._layouts[key]
+        self, layout: SourceLayout, memories: Mapping[int, ShardMemory], nodes: Mapping[int, int]
+    ) -> tuple[Prepared, TransferPlan, Reach]:
+        """Record and plan. Returns also what of the plan cannot be read in place, and what is read at all."""
         model = sglang_model.model_of(self._scheduler)
         staged = direct.unreachable(memories, nodes, self._rank, self.device)
-        loads = self.foreseen(layout)
+        loads = self.prerecorded(layout)
         self._foresight = None  # the plan has it all
         planning = began = time.monotonic()
         if loads is None:
@@ -348,25 +317,24 @@ class WeightsKeeper:
             bucket_plan.split(everything, staged, rank=self._rank) if staged else (everything, bucket_plan.NOTHING)
         )
         used = {**coverage.reach(loads.copies), **coverage.reach(whole)}
-        prepared = _Prepared(
+        prepared = Prepared(
             layout=layout,
             plan=plan,
             buffers=buffers,
             converted=loads.converted & frozenset(loads.fallback),
-            used=used,
             record_s=planning - began,
             plan_s=time.monotonic() - planning,
             has_constants=loads.has_constants,
             derivations=sglang_model.derivations(model),
             target=Probe(model, model.parameters()),
-            transfer=direct.prepare(plan, rank=self._rank, device=self.device, handles=self._handles),
-            staged=None,
+            transfer=direct.prepare(plan, rank=self._rank, device=self.device, handles=self._places.handles),
+            bucketed=None,
         )
-        return prepared, rest
+        return prepared, rest, used
 
     # ---- the copy and after ----
 
-    def _begin(self, prepared: _Prepared, *, flush: bool) -> None:
+    def _begin(self, prepared: Prepared, *, flush: bool) -> None:
         """Begin to copy what is read in place."""
         if self._are_lost and prepared.has_constants:
             write_constants(sglang_model.model_of(self._scheduler), prepared.layout, self.conversion)
@@ -375,7 +343,7 @@ class WeightsKeeper:
         if flush:
             sglang_memory.flush_cache(self._scheduler)  # while a GPU copies; it names tokens by the old weights
 
-    def _end(self, prepared: _Prepared, *, verify: bool) -> tuple[float, int | None]:
+    def _end(self, prepared: Prepared, *, verify: bool) -> tuple[float, int | None]:
         """Wait for it, then run the fallback; seconds of the copy itself, and wrong elements if `verify`."""
         model = sglang_model.model_of(self._scheduler)
         device_s = prepared.transfer.finish()
@@ -392,9 +360,9 @@ class WeightsKeeper:
         prepared.transfer.wait()
         return device_s, wrong
 
-    def _finish(self, frames: list[Frame], ranks: tuple[int, ...], tried: int) -> None:
+    def _finish(self, outcomes: list[Outcome], tried: int) -> None:
         try:
-            raise_first(frames, ranks)
+            raise_first(outcomes)
         except SpmdEngineError as error:
             self._broken = (
                 f"weight version {tried} failed half-way on some rank, so the weights are a mixture: {error}. "

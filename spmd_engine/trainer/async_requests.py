@@ -15,23 +15,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from spmd_engine.control.messages import (
-    Abort,
-    FunctionCall,
-    GenerateOutput,
-    GenerateRequest,
-    Held,
-    ParseCalls,
-    Parsed,
-    Progress,
-    Refused,
-    Submit,
-    Submits,
-)
+from spmd_engine.control.generation import FunctionCall, GenerateOutput, GenerateRequest
+from spmd_engine.control.messages import Abort, ParseCalls, Parsed, PauseState, Progress, Refused, Submit, Submits
 from spmd_engine.errors import CollectiveTimeoutError, InvalidRequestError, SpmdEngineError
 from spmd_engine.trainer import requests as req
 from spmd_engine.trainer.requests import TextStream
-from spmd_engine.trainer.scheduler_client import Caller, copy_of
+from spmd_engine.trainer.scheduler_client import SchedulerClient, copy_of
 from spmd_engine.trainer.sequences import RunningSequence
 
 _LIVENESS_S = 1.0
@@ -43,7 +32,7 @@ class AsyncRequests:
     """Submits requests to the scheduler process of a replica's first rank, and hands out what comes of them.
 
     Args:
-        caller: to that process.
+        client: of that process.
         tokenizer: or None.
         timeout_s: longest silence of the process while requests run.
         finished: called with the results of every request that is over.
@@ -51,12 +40,12 @@ class AsyncRequests:
 
     def __init__(
         self,
-        caller: Caller,
+        client: SchedulerClient,
         tokenizer: Any,
         timeout_s: float,
         finished: Callable[[list[dict[str, Any]]], None],
     ) -> None:
-        self._caller, self._tokenizer, self._timeout_s = caller, tokenizer, timeout_s
+        self._client, self._tokenizer, self._timeout_s = client, tokenizer, timeout_s
         self._finished = finished
         self._sequences: dict[str, RunningSequence] = {}
         self._names: dict[str, list[str]] = {}  # the sequences of each request
@@ -69,15 +58,15 @@ class AsyncRequests:
         self._is_watching = False
         self._timer: asyncio.TimerHandle
         self._heard = 0.0
-        self._is_held = False
+        self._is_paused = False
         # Requests that begin in the same turn of the event loop go out together: sooner, and into one batch of SGLang.
         self._outbox: list[Submit] = []
         self._outbox_lock = threading.RLock()  # a send that fails may end all requests
         # What has come, in the order in which it came: appended by whoever reads the channel, taken by the event loop.
         self._inbox: deque[object] = deque()
-        caller.on_message = self._notice
-        caller.on_end = self._notice
-        caller.before_send = self._send_outbox
+        client.on_message = self._notice
+        client.on_end = self._notice
+        client.before_send = self._send_outbox
 
     # ---- the caller's side ----
 
@@ -131,7 +120,7 @@ class AsyncRequests:
         self._heard = time.monotonic()
         self._watch()
         try:
-            self._caller.send(ParseCalls(rid, text, tools, parser))
+            self._client.send(ParseCalls(rid, text, tools, parser))
             return await future
         finally:
             self._questions.pop(rid, None)
@@ -149,7 +138,7 @@ class AsyncRequests:
             self._forget_all()
         if (self._sequences or self._questions) and loop is not self._loop:
             raise InvalidRequestError("requests of this engine run in another event loop: use one for all of them")
-        self._caller.check_alive()
+        self._client.check_alive()
         self._loop, self._thread = loop, threading.get_ident()
         return loop
 
@@ -166,7 +155,7 @@ class AsyncRequests:
         with self._outbox_lock:  # held until they are sent: what another thread sends comes after them
             submits, self._outbox = tuple(self._outbox), []
             if submits:
-                self._caller.send_now(Submits(submits))
+                self._client.send_now(Submits(submits))
 
     async def wait(self, name: str, sequences: list[RunningSequence], *, with_text: bool) -> list[dict[str, Any]]:
         """The results, once all sequences are over.
@@ -238,7 +227,7 @@ class AsyncRequests:
         for rid in running:
             self._sequences[rid].abort_message = self._sequences[rid].abort_message or message
         if running:
-            self._caller.send(Abort(tuple(running)))
+            self._client.send(Abort(tuple(running)))
         return len(running)
 
     def _drop(self, name: str, sequences: list[RunningSequence]) -> None:
@@ -271,9 +260,9 @@ class AsyncRequests:
             (self._sequences or self._questions)
             and not self._is_watching
             and self._loop is not None
-            and self._caller.fileno() >= 0
+            and self._client.fileno() >= 0
         ):
-            self._fd = self._caller.fileno()
+            self._fd = self._client.fileno()
             self._loop.add_reader(self._fd, self._readable)
             self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
             self._is_watching = True
@@ -287,7 +276,7 @@ class AsyncRequests:
     def _readable(self) -> None:
         """Called by the event loop when something has come."""
         with contextlib.suppress(SpmdEngineError):  # every sequence has it, from `_end`
-            if not self._caller.poll(self._inbox.append):
+            if not self._client.poll(self._inbox.append):
                 self._unwatch()  # a call in another thread reads, and passes on what it finds
                 self._heard = time.monotonic()
                 assert self._loop is not None
@@ -298,11 +287,11 @@ class AsyncRequests:
         """Nothing may stay silent for ever."""
         running = any(not one.is_over for one in self._sequences.values())
         silent_s = time.monotonic() - self._heard
-        if ((running and not self._is_held) or self._questions) and silent_s > self._timeout_s:
+        if ((running and not self._is_paused) or self._questions) and silent_s > self._timeout_s:
             count = len(self._sequences) + len(self._questions)
             error = CollectiveTimeoutError(f"nothing was heard of {count} running requests for {silent_s:.0f} s")
             with contextlib.suppress(CollectiveTimeoutError):
-                self._caller.fail_if_idle(error)
+                self._client.fail_if_idle(error)
         if self._is_watching and self._loop is not None:
             self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
 
@@ -317,8 +306,8 @@ class AsyncRequests:
 
     def _take(self, message: object) -> None:
         self._heard = time.monotonic()
-        if isinstance(message, Held):
-            self._is_held = message.is_held
+        if isinstance(message, PauseState):
+            self._is_paused = message.is_paused
         elif isinstance(message, Progress):
             for more in message.increments:
                 if (one := self._sequences.get(more.rid)) is not None:

@@ -6,18 +6,19 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
-from spmd_engine.control.messages import FunctionCall, Pause, Resume
+from spmd_engine.control.generation import FunctionCall
+from spmd_engine.control.messages import Pause, Resume
 from spmd_engine.errors import InvalidRequestError
 from spmd_engine.trainer import requests as req
 from spmd_engine.trainer.async_requests import AsyncRequests
 from spmd_engine.trainer.requests import GenerateOptions
-from spmd_engine.trainer.scheduler_client import Caller
+from spmd_engine.trainer.scheduler_client import SchedulerClient
 
 
 class LeaderCalls:
     """The part of `SpmdEngine` that is not collective. The other ranks of the replica call nothing meanwhile."""
 
-    _caller: Caller
+    _client: SchedulerClient
     _ranks: tuple[int, ...]
     _requests: AsyncRequests
     _tokenizer: Any
@@ -121,12 +122,12 @@ class LeaderCalls:
         replica may update weights, or release memory and resume it.
         """
         self._check_leader("pause")
-        self._caller.send(Pause())
+        self._client.send(Pause())
 
     def resume(self) -> None:
         """Go on with requests that were paused, as soon as weights and memory allow it."""
         self._check_leader("resume")
-        self._caller.send(Resume())
+        self._client.send(Resume())
 
     def _check_leader(self, what: str) -> None:
         if not self.is_leader:
@@ -134,4 +135,4 @@ class LeaderCalls:
                 f"{what} is for the leader of a replica (engine.is_leader), rank {self._ranks[0]}, not for rank "
                 f"{self._ranks[self.tp_rank]}"
             )
-        self._caller.check_alive()
+        self._client.check_alive()

@@ -14,10 +14,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from spmd_engine.control.channel import Channel, ChannelClosed, ChannelTimeout
-from spmd_engine.control.messages import FOR_THE_TRAINER, Packing, Shutdown, Start
+from spmd_engine.control.messages import FOR_THE_TRAINER, Packing, Shutdown, Start, ToTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class SchedulerProcess:
     """A running `python -m spmd_engine.scheduler`, the child of this process.
 
     Args:
-        start: its first message; `start.link.listener_fd` and `start.store_fd`, if any, are handed over and closed
+        start: its first message; `start.group.listener_fd` and `start.store_fd`, if any, are handed over and closed
             here, and `start.scratch` is removed when the process has ended.
         env: its whole environment.
         log: open file for what it prints, from `open_log`; closed when the process has ended.
@@ -60,7 +60,7 @@ class SchedulerProcess:
         self.rank = start.rank
         self._scratch = start.scratch
         self.log = log
-        handed_over = [fd for fd in (start.link.listener_fd, start.store_fd) if fd >= 0]
+        handed_over = [fd for fd in (start.group.listener_fd, start.store_fd) if fd >= 0]
         # -P: a package of the same name in the working directory is not ours.
         command = [sys.executable, "-P", "-m", "spmd_engine.scheduler", str(theirs.fileno())]
         try:
@@ -88,7 +88,7 @@ class SchedulerProcess:
         except (OSError, AttributeError):  # not offered by this kernel or Python: a closed socket still tells
             self._pidfd = -1
         self._owner_pid = os.getpid()
-        self.channel = Channel(ours)
+        self.channel = Channel[ToTrainer](ours, ToTrainer)
         self.on_packing: Callable[[socket.socket], None] = lambda sock: sock.close()
         self._timeout_s = start.timeout_s
         self.send(start)
@@ -102,7 +102,7 @@ class SchedulerProcess:
         with contextlib.suppress(ChannelClosed):
             self.channel.send(message, fds, timeout_s=self._timeout_s)
 
-    def recv(self, *, timeout_s: float, spin_s: float = 0.0) -> Any:
+    def recv(self, *, timeout_s: float, spin_s: float = 0.0) -> ToTrainer:
         """The next message. Arguments as for `Channel.recv`.
 
         Raises:

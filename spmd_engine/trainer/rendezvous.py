@@ -24,8 +24,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from spmd_engine.control import links
-from spmd_engine.control.messages import LinkAddress
+from spmd_engine.control import peer_group
+from spmd_engine.control.messages import GroupAddress
 from spmd_engine.errors import CollectiveTimeoutError, ConfigError, ErrorReport, SchedulerDiedError
 
 _SIOCGIFADDR = 0x8915
@@ -84,11 +84,11 @@ class Meeting:
 
     Attributes:
         notes: what each rank posted, in the order of `ranks`.
-        link: where the hub's scheduler process accepts the others.
+        group: where the root's scheduler process accepts the others.
     """
 
     notes: list[dict[str, Any]]
-    link: LinkAddress
+    group: GroupAddress
 
 
 class Rendezvous:
@@ -222,7 +222,7 @@ class Rendezvous:
     def meet(
         self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None], number: int | None = None
     ) -> Meeting:
-        """Exchange notes and agree on a link address; on the hub the returned link holds the listening socket.
+        """Exchange notes and agree on an address; on the root the returned one holds the listening socket.
 
         Args:
             note: of this rank.
@@ -231,11 +231,11 @@ class Rendezvous:
             number: of the meeting, if ranks have agreed on one: it may have been given up. By default the next one.
 
         Raises:
-            ConfigError: on all ranks; they are on several nodes, and the hub has no address that others can reach.
+            ConfigError: on all ranks; they are on several nodes, and the root has no address that others can reach.
             CollectiveTimeoutError, SchedulerDiedError, SpmdEngineError: see `_collect`.
         """
         self._number = self.next_number() if number is None else number
-        hub = self.rank == self.ranks[0]
+        is_root = self.rank == self.ranks[0]
         posted = {
             **note,
             "node": node_identity(),
@@ -244,9 +244,9 @@ class Rendezvous:
             "pid": os.getpid(),
         }
         listener = None
-        if hub:
-            listener = links.listen(self.host)
-            posted["link"] = {"port": listener.getsockname()[1], "token": secrets.token_hex(16)}
+        if is_root:
+            listener = peer_group.listen(self.host)
+            posted["group"] = {"port": listener.getsockname()[1], "token": secrets.token_hex(16)}
         try:
             notes = self._collect(posted, timeout_s, watch)
             check_reachable(self.ranks, notes)
@@ -257,15 +257,15 @@ class Rendezvous:
         first = notes[0]
         others = zip(self.ranks[1:], notes[1:], strict=True)
         trainers = {rank: note["pid"] for rank, note in others if note["node"] == first["node"]}
-        link = LinkAddress(
+        group = GroupAddress(
             ranks=self.ranks,
             host=first["host"],
-            port=first["link"]["port"],
-            token=first["link"]["token"],
+            port=first["group"]["port"],
+            token=first["group"]["token"],
             listener_fd=listener.detach() if listener is not None else -1,
             trainers=trainers,
         )
-        return Meeting(notes=notes, link=link)
+        return Meeting(notes=notes, group=group)
 
 
 def check_reachable(ranks: tuple[int, ...], notes: list[dict[str, Any]]) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, TypedDict
 
-from spmd_engine.control.messages import GenerateOutput, GenerateRequest
+from spmd_engine.control import codec
+from spmd_engine.control.generation import GenerateOutput, GenerateRequest
 from spmd_engine.errors import ConfigError, InvalidRequestError
 
 # SGLang shows the detokenizer this many prompt tokens, so that the first output token joins on to the prompt.
@@ -122,6 +123,12 @@ def build_requests(
         for i in range(count)
         for _ in range(counts[i])
     ]
+    try:
+        codec.encode([plain, texts])
+    except codec.EncodeError as error:
+        raise InvalidRequestError(
+            f"prompts and sampling parameters must be of plain values and numbers of 64 bits: {error}"
+        ) from error
     return requests, single and len(requests) == 1
 
 
@@ -254,7 +261,7 @@ class TextStream:
         self._text = ""
         self._shown = 0
         stop = request.sampling_params.get("stop") or ()
-        self._stops = [stop] if isinstance(stop, str) else list(stop)
+        self._stops = [stop] if isinstance(stop, str) else [str(one) for one in stop]  # type: ignore[attr-defined]
 
     def add(self, ids: list[int]) -> str:
         """The text that further tokens add. What may be half of a character, or of a stop string, waits."""

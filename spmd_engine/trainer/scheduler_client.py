@@ -1,4 +1,4 @@
-"""How a trainer rank makes a collective call of its scheduler process, and what it makes of every way that can fail."""
+"""Makes collective calls of this rank's scheduler process, and says why one failed, whatever the way."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+from spmd_engine.control.calls import Answer, AnyCall, Meet, Met, Refuse
 from spmd_engine.control.channel import ChannelTimeout
-from spmd_engine.control.digest import digest
 from spmd_engine.control.messages import Call, Failed, Phase, Ready, Reply
 from spmd_engine.errors import CollectiveTimeoutError, EngineClosedError, SchedulerDiedError, SpmdEngineError
 from spmd_engine.trainer import tracing
@@ -22,6 +22,8 @@ from spmd_engine.trainer.process import ProcessDied, SchedulerProcess
 from spmd_engine.trainer.rendezvous import Rendezvous, bounded
 
 logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
 
 # The scheduler process times out by itself first, with more to say; this is for one that hangs.
 _REPLY_MARGIN_S = 5.0
@@ -31,19 +33,80 @@ _CAUSE_S = 3.0
 _LOOK_S = 0.5
 
 
-class KnownToAllError(Exception):
-    """What all ranks of the replica know: no call need tell them.
+class CollectiveCall:
+    """A call that this rank is making: its arguments are being prepared, or it has been sent.
 
     Attributes:
-        error: of the engine.
+        name: what users know it by.
+        holders: ranks of all replicas that wait in it, as far as they are known; a refusal tells them.
+        is_settled: all ranks of the replica know what became of it.
     """
 
-    def __init__(self, error: SpmdEngineError) -> None:
-        super().__init__(str(error))
-        self.error = error
+    def __init__(
+        self, client: SchedulerClient, name: str, seq: int, spans: tracing.Spans, *, is_overlapped: bool
+    ) -> None:
+        self.name, self.seq = name, seq
+        self.holders: tuple[int, ...] = ()
+        self.is_settled = False
+        self.is_overlapped = is_overlapped
+        self._client, self._spans = client, spans
+
+    def finish(self, body: AnyCall, answer: type[A], *, spin_s: float = 0.0) -> A:
+        """Send the call, and wait for its answer.
+
+        Args:
+            answer: type of the answer.
+            spin_s: seconds to wait for it without going to sleep.
+
+        Raises:
+            SpmdEngineError: the call was refused, on all ranks; or the engine has failed.
+        """
+        found = self._send(body, spin_s)
+        assert isinstance(found, answer), f"{self.name} was answered by {found!r}"
+        return found
+
+    def meet(self, what: str, group: tuple[int, ...], *, number: int, running: str) -> int:
+        """Wait until all ranks of the replica are there, before this one waits for ranks of others.
+
+        Args:
+            what: the call, for messages.
+            group: ranks that will be connected.
+            number: of the meeting that this rank proposes.
+            running: what becomes of requests that run; see `SpmdEngine.update_weights`.
+
+        Returns:
+            The highest number that any rank proposes.
+
+        Raises:
+            CollectiveMismatchError: another rank made another call; all of them know.
+        """
+        found = self._send(Meet(what, group, number, running), 0.0)
+        assert isinstance(found, Met)
+        self.is_settled = False
+        return found.number
+
+    def refuse(self, reason: Exception) -> None:
+        """Tell the other ranks that this one cannot make the call.
+
+        Raises:
+            SpmdEngineError: another rank made another call; or the engine has failed.
+        """
+        self._send(Refuse(self.name, f"{type(reason).__name__}: {reason}", self.holders), 0.0)
+
+    def check_failed(self) -> None:
+        """Raise if the scheduler process has ended or reported a failure meanwhile."""
+        self._client.check_failed()
+
+    def _send(self, body: AnyCall, spin_s: float) -> Answer | None:
+        self._spans.end()
+        reply = self._client.exchange(self, body, self._spans, spin_s)
+        self.is_settled = True
+        if reply.error is not None:
+            raise reply.error.to_exception()
+        return reply.answer
 
 
-class Caller:
+class SchedulerClient:
     """One call at a time from this trainer rank to its scheduler process.
 
     Args:
@@ -73,118 +136,73 @@ class Caller:
         self.before_send: Callable[[], None] = lambda: None
         self._finalizer = weakref.finalize(self, process.stop, grace_s=0.0)
 
-    def call(
-        self,
-        kind: str,
-        prepare: Callable[[], tuple[Any, str]],
-        *,
-        as_payload: Callable[[Any], Any] = lambda made: made,
-        as_digest: Callable[[Any], Any] | None = None,
-        refusal_payload: Callable[[], Any] = lambda: None,
-        notice: object = None,
-        prepare_span: str = "prepare",
-        spin_s: float = 0.0,
-    ) -> tuple[Any, Any]:
-        """Make one collective call. Returns what `prepare` built, and the reply's value.
+    @contextlib.contextmanager
+    def collective(self, name: str, *, notice: object = None, span: str = "prepare") -> Iterator[CollectiveCall]:
+        """Make one collective call: prepare its arguments inside, and end with `CollectiveCall.finish`.
+
+        An exception inside is told to the other ranks, which wait, so that all of them get an error now.
 
         Args:
-            kind: of the call.
-            prepare: builds the arguments, and a line for messages. It may `agree` with the other ranks.
-            as_payload, as_digest: what of them is sent, and what all ranks must have in common; by default all.
-            refusal_payload: what is sent if `prepare` raises.
-            notice: a message for the scheduler process, sent before `prepare` begins.
-            prepare_span: what `prepare` is called in a trace.
-            spin_s: seconds to wait for the reply without going to sleep.
+            name: of the call.
+            notice: a message for the scheduler process, sent at once.
+            span: what the preparation is called in a trace.
         """
         self.check_alive()
         with contextlib.ExitStack() as stack:
-            overlapped = stack.enter_context(self._counted()) > 1
+            is_overlapped = stack.enter_context(self._counted()) > 1
             if not self._lock.acquire(timeout=self.timeout_s):
                 raise CollectiveTimeoutError(
-                    f"rank {self._rank}: {kind} has not begun, since another thread's call of this engine has run for "
+                    f"rank {self._rank}: {name} has not begun, since another thread's call of this engine has run for "
                     f"over {self.timeout_s:.0f} s: call the engine from one thread at a time, or raise timeout_s"
                 )
             stack.callback(self._lock.release)
             self.check_alive()
-            stack.enter_context(tracing.span(kind))
+            stack.enter_context(tracing.span(name))
+            spans = stack.enter_context(tracing.Spans())
             self.seq += 1
-            refusal: Exception | None = None
-            known: SpmdEngineError | None = None
-            made, payload, reply = None, None, None
+            call = CollectiveCall(self, name, self.seq, spans, is_overlapped=is_overlapped)
             try:
                 self.before_send()
                 if notice is not None:
-                    self._send(notice, kind)
+                    self._send(notice, name)
+                spans.begin(span)
                 try:
-                    with tracing.span(prepare_span):
-                        made, summary = prepare()
-                    payload = as_payload(made)
-                except KnownToAllError as error:
-                    known = error.error
-                except CollectiveTimeoutError as error:
-                    self.fail(error)
-                except ChannelTimeout:
-                    self.fail(self._no_answer(kind, self.timeout_s))
+                    yield call
                 except Exception as error:
-                    # The other ranks may be waiting: tell them, so that all of them get an error now.
-                    if self._dead is not None:
+                    if self._dead is not None or call.is_settled:
                         raise
-                    refusal, summary = error, f"{kind}(...) refused: {type(error).__name__}: {error}"
-                    payload = refusal_payload()
-                if known is None:
-                    call = Call(
-                        seq=self.seq,
-                        kind="refused" if refusal else kind,
-                        payload=payload,
-                        digest=digest(["refused", kind] if refusal else [kind, (as_digest or as_payload)(made)]),
-                        summary=summary,
-                        overlapped=overlapped,
-                        timeout_s=self.timeout_s,
-                        is_traced=tracing.is_recording(),
-                    )
-                    reply = self._exchange(call, kind, spin_s)
+                    if isinstance(error, CollectiveTimeoutError):
+                        self.fail(error)
+                    if isinstance(error, ChannelTimeout):
+                        self.fail(self._no_answer(name, self.timeout_s))
+                    call.refuse(error)
+                    raise
             except BaseException as error:
-                if self._dead is None:
-                    self._interrupted(kind, error)
+                if self._dead is None and not (call.is_settled and isinstance(error, Exception)):
+                    self._interrupted(name, error)
                 raise
-            if known is not None:
-                raise known
-            assert reply is not None
-            if reply.error is not None:
-                raise reply.error.to_exception()
-            if refusal is not None:
-                raise refusal
-            return made, reply.value
 
-    def agree(self, summary: str, common: Any, *, number: int, running: str) -> int:
-        """Within `prepare`: wait until all ranks of the replica are there, before this one waits for ranks of others.
-
-        Args:
-            summary: of the call, for messages.
-            common: what all ranks must have in common.
-            number: that this rank proposes.
-            running: what becomes of requests that run; see `SpmdEngine.update_weights`.
-
-        Returns:
-            The highest number that any rank proposes.
-
-        Raises:
-            KnownToAllError: they are not: another rank made another call.
-        """
-        call = Call(
-            seq=self.seq,
-            kind="agree",
-            payload={"running": running, "number": number},
-            digest=digest(["agree", common]),
-            summary=summary,
-            overlapped=False,
+    def exchange(self, call: CollectiveCall, body: AnyCall, spans: tracing.Spans, spin_s: float) -> Reply:
+        """Send a call, and wait for the reply."""
+        message = Call(
+            seq=call.seq,
+            body=body,
+            digest=body.digest(),
+            summary=body.summary(),
+            is_overlapped=call.is_overlapped,
             timeout_s=self.timeout_s,
-            is_traced=False,
+            is_traced=tracing.is_recording(),
         )
-        reply = self._exchange(call, summary, 0.0)
-        if reply.error is not None:
-            raise KnownToAllError(reply.error.to_exception())
-        return int(reply.value)
+
+        def hear(heard: object) -> bool:
+            if isinstance(heard, Phase):
+                spans.begin(heard.name)
+            return isinstance(heard, Reply) and heard.seq == call.seq
+
+        self._send(message, call.name)
+        reply = self.receive(hear, self.timeout_s + _REPLY_MARGIN_S, call.name, spin_s=spin_s)
+        assert isinstance(reply, Reply)
+        return reply
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[int]:
@@ -201,9 +219,8 @@ class Caller:
     def await_ready(self) -> Ready:
         """Wait until the scheduler process serves."""
         try:
-            ready: Ready = self.receive(
-                lambda message: isinstance(message, Ready), self.timeout_s, "start", look_s=_LOOK_S
-            )
+            ready = self.receive(lambda message: isinstance(message, Ready), self.timeout_s, "start", look_s=_LOOK_S)
+            assert isinstance(ready, Ready)
             return ready
         except BaseException as error:
             if self._dead is None:
@@ -255,17 +272,6 @@ class Caller:
                 self.fail(self._peer_failure(message))
             take(message)
 
-    def _exchange(self, call: Call, kind: str, spin_s: float) -> Reply:
-        def hear(message: Any) -> bool:
-            if isinstance(message, Phase):
-                spans.begin(message.name)
-            return isinstance(message, Reply) and message.seq == call.seq
-
-        with tracing.Spans() as spans:
-            self._send(call, kind)
-            reply: Reply = self.receive(hear, self.timeout_s + _REPLY_MARGIN_S, kind, spin_s=spin_s)
-            return reply
-
     def _interrupted(self, kind: str, error: BaseException) -> None:
         """End the process after Ctrl-C, say: a message may be half sent or half read, or shards half copied."""
         cause = f"{kind} of rank {self._rank} was interrupted by {type(error).__name__}"
@@ -279,13 +285,13 @@ class Caller:
 
     def receive(
         self,
-        wanted: Callable[[Any], bool],
+        wanted: Callable[[object], bool],
         timeout_s: float,
         phase: str,
         *,
         spin_s: float = 0.0,
         look_s: float = math.inf,
-    ) -> Any:
+    ) -> object:
         """The next wanted message; each `look_s` seconds without one, look whether another rank's process has died."""
         deadline = time.monotonic() + timeout_s
         while True:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
-from spmd_engine.control.messages import GenerateOutput, GenerateRequest, Increment, no_logprobs
+from spmd_engine.control.generation import GenerateOutput, GenerateRequest, Increment, no_logprobs
 
 
 @dataclass(eq=False)
@@ -57,7 +58,7 @@ class RunningSequence:
                 for name, values in (one.logprobs or {}).items():
                     logprobs.setdefault(name, []).extend(values)
         return GenerateOutput(
-            output_ids=ids,
+            output_ids=array("q", ids),
             finish_reason=self.finish_reason or {},
             prompt_tokens=self.prompt_tokens or len(self.request.input_ids),
             completion_tokens=len(self.output_ids),

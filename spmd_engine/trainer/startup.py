@@ -14,9 +14,9 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from spmd_engine.control import links
+from spmd_engine.control import peer_group
 from spmd_engine.control.digest import digest
-from spmd_engine.control.messages import PROTOCOL, LinkAddress, Start
+from spmd_engine.control.messages import PROTOCOL, GroupAddress, Start
 from spmd_engine.errors import CollectiveMismatchError, ConfigError
 from spmd_engine.trainer.devices import own_gpu, visible_gpus
 from spmd_engine.trainer.environment import child_environment, memory_saver_library
@@ -138,7 +138,7 @@ class Startup:
                 note["gpu"] = own_gpu(self.device, os.environ)
             log = open_log(log_dir, self._rank)
             if self._rank == self._ranks[0]:
-                store = links.listen(self.rendezvous.host)
+                store = peer_group.listen(self.rendezvous.host)
                 note["store_port"] = store.getsockname()[1]
         except Exception as error:  # the other ranks wait: they must hear of it
             refusal = error if isinstance(error, ConfigError) else ConfigError(f"{type(error).__name__}: {error}")
@@ -151,14 +151,14 @@ class Startup:
                 if opened is not None:
                     undo.enter_context(opened)
             meeting = self.rendezvous.meet(note, timeout_s=self._timeout_s, watch=lambda: None)
-            undo.callback(_close_listener, meeting.link)
+            undo.callback(_close_listener, meeting.group)
             _check_agreement(self._ranks, meeting, refusal)
             gpus = _gpus_by_node(self._ranks, meeting.notes)[node_identity()]
             self.weight_version = max(note["version"] for note in meeting.notes)
             self._is_restart = any(note["is_restart"] for note in meeting.notes)
             with self._telling_others():
                 here = next(note for note in meeting.notes if note["node"] == node_identity())
-                scratch = shared_scratch(meeting.link.token, here["tmp"], on_cpu=self.on_cpu)
+                scratch = shared_scratch(meeting.group.token, here["tmp"], on_cpu=self.on_cpu)
                 undo.pop_all()
                 assert log is not None
                 return self._spawn(meeting, gpus, scratch, log, -1 if store is None else store.detach())
@@ -215,7 +215,7 @@ class Startup:
             protocol=PROTOCOL,
             rank=self._rank,
             tp_rank=tp_rank,
-            link=meeting.link,
+            group=meeting.group,
             model_path=self._model_path,
             server_args=self._server_args,
             random_seed=meeting.notes[0]["seed"],
@@ -285,6 +285,6 @@ def _is_timeout(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 < value <= _MAX_S
 
 
-def _close_listener(link: LinkAddress) -> None:
-    if link.listener_fd >= 0:
-        os.close(link.listener_fd)
+def _close_listener(address: GroupAddress) -> None:
+    if address.listener_fd >= 0:
+        os.close(address.listener_fd)

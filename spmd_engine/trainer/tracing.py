@@ -34,11 +34,15 @@ class Spans:
         self._current = span(name)
         self._current.__enter__()
 
+    def end(self) -> None:
+        """End the current range."""
+        self._current.__exit__(None, None, None)
+        self._current = _NOTHING
+
     def __enter__(self) -> Spans:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._current.__exit__(None, None, None)
-        self._current = _NOTHING
+        self.end()

@@ -8,23 +8,25 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from spmd_engine.control.calls import Explain, UpdateWeights
 from spmd_engine.control.digest import digest
-from spmd_engine.control.messages import Descriptors
+from spmd_engine.control.messages import KNOWN_LAYOUTS, Descriptors
 from spmd_engine.errors import ConfigError, PlanError, TransferError
 from spmd_engine.planning.layout import SourceLayout
+from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.trainer.names import Rename
 from spmd_engine.trainer.process import SchedulerProcess
 from spmd_engine.trainer.rendezvous import Rendezvous
-from spmd_engine.trainer.scheduler_client import Caller, KnownToAllError
+from spmd_engine.trainer.scheduler_client import CollectiveCall
 from spmd_engine.trainer.sources import Source, SourceReader, ranks_of
 from spmd_engine.transfer import _native
 from spmd_engine.transfer.fd_passing import PassingError
-from spmd_engine.transfer.handles import Exporter, ShardMemory
+from spmd_engine.transfer.handles import Exporter
 from spmd_engine.transfer.packing import Packer
 
 T = TypeVar("T")
@@ -33,21 +35,17 @@ _BUCKET_BYTES, _LEAST_BUCKET_BYTES = 32 << 20, 4096
 
 
 @dataclass(frozen=True)
-class UpdateRequest:
-    """What one `update_weights` sends.
+class PreparedUpdate:
+    """What one `update_weights` sends, and what must outlive it.
 
     Attributes:
-        payload: for the own scheduler process.
-        agreed: what all ranks must have in common.
-        summary: for messages.
+        body: for the own scheduler process.
         memory: where the shards are.
         source: keeps the shards alive.
         describe_s: seconds that making this took.
     """
 
-    payload: dict[str, Any]
-    agreed: Any
-    summary: str
+    body: UpdateWeights
     memory: ShardMemory = field(repr=False)
     source: Source = field(repr=False)
     describe_s: float
@@ -57,99 +55,96 @@ class WeightUpdates:
     """State that lasts between the weight updates of one engine, on the trainer's side."""
 
     def __init__(
-        self, rank: int, replica: tuple[int, ...], process: SchedulerProcess, timeout_s: float, device: int | None
+        self,
+        rank: int,
+        replica: tuple[int, ...],
+        process: SchedulerProcess,
+        timeout_s: float,
+        device: int | None,
     ) -> None:
         self._rank, self._replica, self._device = rank, replica, device
         self._process, self._timeout_s = process, timeout_s
-        self._linked = {replica}
-        self._known: set[str] = set()  # layouts that the scheduler process has
+        self._connected = {replica}
+        self._known: dict[str, None] = {}  # layouts that the scheduler process has, the last used last
         self._reader, self._exporter = SourceReader(rank), Exporter()
         self._key: tuple[SourceLayout, frozenset[str], str] | None = None
         self._last: tuple[str, ShardMemory] | None = None
         self._packer = Packer(rank)
         process.on_packing = self._packer.start
         self._ptrace_allowed = False
-        self.last_ranks = replica
 
     def prepare(
         self,
+        call: CollectiveCall,
         source: torch.nn.Module | Mapping[str, torch.Tensor],
         *,
         verify: bool,
         running: str,
         rename: Rename | None,
-        caller: Caller,
-    ) -> UpdateRequest:
+    ) -> PreparedUpdate:
         """Describe `source` for the scheduler process. Arguments as for `SpmdEngine.update_weights`.
 
         Raises:
-            KnownToAllError: another rank of the replica made another call.
+            CollectiveMismatchError: another rank of the replica made another call.
             PlanError: see `sources.SourceReader.read`; or the shards' memory cannot be shared between processes.
             TransferError: the scheduler process did not take the memory's file descriptors.
             CollectiveTimeoutError: a rank that holds shards did not come to the first update.
         """
         began = time.monotonic()
-        described, memory = self._meet("update_weights", source, rename, self._export, caller, running)
+        described, memory = self._meet(call, source, rename, self._export, running)
         key = self._key_of(described)
         moved = self._last is None or self._last[0] != key or not memory.same_as(self._last[1])
         # Until this update commits: the scheduler process may take the new places and then refuse the update.
         self._last = None
         if moved:
             self._pass_descriptors(memory)
-        bucket_bytes = _bucket_bytes()
-        payload = {
-            "ranks": self.last_ranks,
-            "key": key,
-            "layout": None if key in self._known else (described.layout, described.optional),
-            "memory": memory if moved else None,
-            "verify": verify,
-            "running": running,
-            "bucket_bytes": bucket_bytes,
-        }
-        count = len(described.layout.weights)
-        summary = f"{count} weights over ranks {list(self.last_ranks)}, layout {key[:8]}, verify={verify}"
+        is_known = key in self._known
+        if not is_known:
+            self._known.clear()  # until it commits: the scheduler process may have dropped another for it
+        body = UpdateWeights(
+            holders=call.holders,
+            key=key,
+            layout=None if is_known else described.layout,
+            optional=described.optional,
+            memory=memory if moved else None,
+            verify=verify,
+            running=running,
+            bucket_bytes=_bucket_bytes(),
+            weights=len(described.layout.weights),
+        )
         device = self._device if described.device is None else described.device
         if device is not None and torch.cuda.is_initialized():  # what is in CPU memory may have come from a GPU
             # The shards are final once what this thread has queued is done. Other streams may go on.
             torch.cuda.current_stream(device).synchronize()
-        agreed = [self.last_ranks, key, verify, running, bucket_bytes]
-        return UpdateRequest(payload, agreed, summary, memory, described, time.monotonic() - began)
+        return PreparedUpdate(body, memory, described, time.monotonic() - began)
 
-    def prepare_survey(
+    def prepare_explain(
         self,
+        call: CollectiveCall,
         source: torch.nn.Module | Mapping[str, torch.Tensor],
         *,
         rename: Rename | None,
-        caller: Caller,
-    ) -> tuple[Source, dict[str, Any], str]:
-        """Describe `source`, and what an explanation needs besides: the description, the payload and a summary.
+    ) -> Explain:
+        """Describe `source` for an explanation.
 
         Raises:
-            KnownToAllError: another rank of the replica made another call.
+            CollectiveMismatchError: another rank of the replica made another call.
             PlanError: see `sources.SourceReader.read`.
             CollectiveTimeoutError: a rank that holds shards did not come to the first call.
         """
-        described, _ = self._meet("explain", source, rename, lambda _: None, caller)
+        described, _ = self._meet(call, source, rename, lambda _: None, "wait")
         key = self._key_of(described)
-        payload = {
-            "ranks": self.last_ranks,
-            "key": key,
-            "layout": (described.layout, described.optional),
-            "in_cpu_memory": described.device is None,
-        }
-        summary = f"{len(described.layout.weights)} weights over ranks {list(self.last_ranks)}"
-        return described, payload, f"{summary}, layout {key[:8]}"
+        return Explain(call.holders, key, described.layout, described.optional, described.device is None)
 
     def _meet(
         self,
-        what: str,
+        call: CollectiveCall,
         source: torch.nn.Module | Mapping[str, torch.Tensor],
         rename: Rename | None,
         make: Callable[[Source], T],
-        caller: Caller,
-        running: str = "wait",
+        running: str,
     ) -> tuple[Source, T]:
-        """Describe `source`, make something of the description, and link the ranks that hold shards.
+        """Describe `source`, make something of the description, and connect the ranks that hold shards.
 
         Raises:
             SpmdEngineError: this rank, or another one, refuses the source.
@@ -163,11 +158,11 @@ class WeightUpdates:
         except Exception as error:  # of whatever kind: the other ranks wait
             refusal, holders = error, _holders_of(source)
         ranks = tuple(sorted({*self._replica, *holders}))
-        self.last_ranks = self._replica if set(ranks) == set(self._replica) else ranks
-        if self.last_ranks not in self._linked:
+        call.holders = self._replica if set(ranks) == set(self._replica) else ranks
+        if call.holders not in self._connected:
             why = "for the first time" if refusal is None else f"refused: {type(refusal).__name__}: {refusal}"
-            # Ranks of other replicas may be waiting to link: they must hear of a refusal, too.
-            self._link(self.last_ranks, refusal, caller, f"{what}(...) {why}", running)
+            # Ranks of other replicas may be waiting to connect: they must hear of a refusal, too.
+            self._connect(call, refusal, f"{call.name}(...) {why}", running)
         if done is None:
             assert refusal is not None
             raise refusal
@@ -177,31 +172,34 @@ class WeightUpdates:
         """The scheduler process closes the memory of all shards: say again where they are at the next update."""
         self._last = None
 
-    def committed(self, request: UpdateRequest) -> None:
+    def commit(self, update: PreparedUpdate) -> None:
         """Remember what the scheduler process now knows."""
-        self._known.add(request.payload["key"])
-        self._last = (request.payload["key"], request.memory)
+        key = update.body.key
+        self._known.pop(key, None)
+        self._known[key] = None  # the last used comes last
+        while len(self._known) > KNOWN_LAYOUTS:
+            del self._known[next(iter(self._known))]
+        self._last = (key, update.memory)
 
-    def _link(
-        self, ranks: tuple[int, ...], refusal: Exception | None, caller: Caller, summary: str, running: str
-    ) -> None:
+    def _connect(self, call: CollectiveCall, refusal: Exception | None, what: str, running: str) -> None:
         """Connect the scheduler processes of all ranks that hold shards, once for each set of ranks."""
+        ranks = call.holders
         rendezvous = Rendezvous(ranks, self._rank, "update")
         number = rendezvous.next_number()
         try:
-            number = caller.agree(summary, [ranks, running], number=number, running=running)
+            number = call.meet(what, ranks, number=number, running=running)
         except BaseException as error:  # the other replicas may be waiting already
-            rendezvous.give_up(number, error.error if isinstance(error, KnownToAllError) else error)
+            rendezvous.give_up(number, error)
             raise
         note = {"refusal": None if refusal is None else f"{type(refusal).__name__}: {refusal}"}
-        meeting = rendezvous.meet(note, timeout_s=self._timeout_s, watch=caller.check_failed, number=number)
-        fd = meeting.link.listener_fd
+        meeting = rendezvous.meet(note, timeout_s=self._timeout_s, watch=call.check_failed, number=number)
+        fd = meeting.group.listener_fd
         try:
-            self._process.send(meeting.link, fds=(fd,) if fd >= 0 else ())
+            self._process.send(meeting.group, fds=(fd,) if fd >= 0 else ())
         finally:
             if fd >= 0:
                 os.close(fd)
-        self._linked.add(ranks)
+        self._connected.add(ranks)
         for rank, note in zip(ranks, meeting.notes, strict=True):
             if note["refusal"] and refusal is None:
                 raise PlanError(f"rank {rank} refused: {note['refusal']}")

@@ -7,21 +7,22 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from spmd_engine.control import links
+from spmd_engine.control import peer_group
 from spmd_engine.control.agreement import Attempt, Failure
-from spmd_engine.control.framing import Frame
 from spmd_engine.errors import TransferError
 from spmd_engine.planning.bucket_plan import ARRIVED, BUCKETS, ITEM_SIZES, PACKED, StagedPlan, Step
 from spmd_engine.planning.copy_table import ElementType
 from spmd_engine.planning.plan import TransferPlan
+from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.transfer import _native, direct
-from spmd_engine.transfer.handles import Exporter, OpenHandles, ShardMemory
+from spmd_engine.transfer.handles import Exporter, OpenHandles
 from spmd_engine.transfer.packing import PackLink, SharedMemory
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Network:
 
 def serve_store(host: str, timeout_s: float) -> tuple[dist.Store, int]:
     """A store for a `Network`, on `host` at a port of the system's choice."""
-    sock = links.listen(host)
+    sock = peer_group.listen(host)
     port = int(sock.getsockname()[1])
     return _store(host, port, timeout_s, master_listen_fd=sock.detach()), port
 
@@ -77,6 +78,19 @@ def join_store(host: str, port: int, timeout_s: float) -> dist.Store:
 def _store(host: str, port: int, timeout_s: float, **kwargs: Any) -> dist.Store:
     timeout = datetime.timedelta(seconds=timeout_s)
     return dist.TCPStore(host, port, is_master=bool(kwargs), wait_for_workers=False, timeout=timeout, **kwargs)
+
+
+@dataclass(frozen=True)
+class BucketOffer:
+    """The buckets of a rank.
+
+    Attributes:
+        buckets: where they are.
+        steps: how many steps the rank needs.
+    """
+
+    buckets: ShardMemory
+    steps: int
 
 
 class StagedTransfer:
@@ -128,7 +142,7 @@ class StagedTransfer:
         self._packs: list[direct.Transfer | None] = []
         self._unpacks: list[direct.Transfer | None] = []
 
-    def offer(self) -> Frame:
+    def offer(self) -> BucketOffer:
         """What the other ranks must know of this one's buckets."""
         if self._device.type == "cpu":
             _native.allow_ptrace_by_any()  # other ranks of this node read them
@@ -137,18 +151,17 @@ class StagedTransfer:
         memory = Exporter().export(addresses, sizes, device=_index(self._device))
         if self._handles is not None:
             self._handles.own(memory, addresses)
-        header, blob = memory.to_frame()
-        return {"buckets": header, "steps": len(self.plan.steps)}, blob
+        return BucketOffer(memory, len(self.plan.steps))
 
-    def accept(self, offers: Mapping[int, Frame], network: Network | None) -> None:
+    def accept(self, offers: Mapping[int, BucketOffer], network: Network | None) -> None:
         """Take what every rank has offered.
 
         Args:
             offers: by rank.
             network: between all of them, if any rank sends to another node.
         """
-        self._memories = {r: ShardMemory.from_frame(header["buckets"], blob) for r, (header, blob) in offers.items()}
-        self._rounds = max(int(header["steps"]) for header, _ in offers.values())
+        self._memories = {r: offer.buckets for r, offer in offers.items()}
+        self._rounds = max(offer.steps for offer in offers.values())
         self._network = network
         for number, step in enumerate(self.plan.steps):
             base = self._packed[number % len(PACKED)].data_ptr()

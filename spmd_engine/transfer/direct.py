@@ -17,9 +17,10 @@ import torch
 
 from spmd_engine.errors import MemoryNotOfferedError, PlanError, TransferError
 from spmd_engine.planning.plan import TransferPlan
+from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.transfer import _native
 from spmd_engine.transfer.fd_passing import PassingError
-from spmd_engine.transfer.handles import OpenHandles, ShardMemory
+from spmd_engine.transfer.handles import OpenHandles
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 
+from spmd_engine.control import codec
 from spmd_engine.control.framing import frame, recv_frame
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ class DescriptorServer:
             with sock:
                 try:
                     self._answer(sock)
-                except (EOFError, OSError, ValueError, TypeError, KeyError, PassingError) as error:
+                except (EOFError, OSError, ValueError, KeyError, codec.DecodeError, PassingError) as error:
                     if not self._is_closed:
                         logger.warning("a process that asked for descriptors was dropped: %r", error)
                 finally:
@@ -195,11 +196,11 @@ class DescriptorServer:
         """Serve one process. The others wait meanwhile; it takes milliseconds."""
         _check_same_user(sock)
         sock.settimeout(min(_HELLO_TIMEOUT_S, self._timeout_s))
-        hello, _ = recv_frame(sock, limit=_HELLO_LIMIT)
-        if not hmac.compare_digest(str(hello["token"]), self._token):
+        token = codec.decode(recv_frame(sock, limit=_HELLO_LIMIT), str)
+        if not hmac.compare_digest(token.encode(), self._token.encode()):
             raise PassingError("it showed a wrong token")
-        wanted, _ = recv_frame(sock)
-        chosen = [descriptor for name in wanted["names"] for descriptor in self._descriptors[bytes.fromhex(name)]]
+        wanted = codec.decode(recv_frame(sock), list[bytes])
+        chosen = [descriptor for name in wanted for descriptor in self._descriptors[name]]
         for start in range(0, len(chosen), BATCH):
             send_batch(sock, chosen[start : start + BATCH], timeout_s=self._timeout_s)
 
@@ -229,8 +230,8 @@ def fetch(
         try:
             sock.connect(f"\0{name}")
             _check_same_user(sock)
-            sock.sendall(frame({"token": token}))
-            sock.sendall(frame({"names": [name.hex() for name in counts]}))
+            sock.sendall(frame(codec.encode(token)))
+            sock.sendall(frame(codec.encode(list(counts))))
         except OSError as error:
             raise PassingError(f"they cannot be asked for: {_reason(error, timeout_s)}") from error
         while left > 0:

@@ -14,88 +14,12 @@ import os
 import secrets
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
+from spmd_engine.planning.shard_memory import CPU, HANDLE_BYTES, NOWHERE, ShardMemory
 from spmd_engine.transfer import _native, fd_passing
-
-CPU = "cpu"
-HANDLE_BYTES = 64
-# Allocation number of a shard that holds nothing.
-NOWHERE = np.iinfo(np.uint32).max
-
-
-@dataclass(frozen=True, eq=False)
-class ShardMemory:
-    """Where the shards of one rank lie, in words that other processes understand.
-
-    Attributes:
-        device: "cpu", or the UUID of the GPU that holds them.
-        pid: process id of the rank.
-        handles: one of `HANDLE_BYTES` bytes for each allocation; none on the CPU.
-        chunks: for each allocation the bytes of each of its chunks; () for what cudaMalloc made.
-        allocation: index into `handles` for each weight of the layout, uint32; `NOWHERE` for an empty shard.
-        offset: bytes from the start of the allocation for each weight, uint64; on the CPU the address itself.
-        offered_at: address of the `DescriptorServer` that has the chunks' descriptors under the handles; "" if none.
-    """
-
-    device: str
-    pid: int
-    handles: tuple[bytes, ...]
-    chunks: tuple[tuple[int, ...], ...] = field(repr=False)
-    allocation: np.ndarray = field(repr=False)
-    offset: np.ndarray = field(repr=False)
-    offered_at: str = field(default="", repr=False)
-
-    @property
-    def is_cpu(self) -> bool:
-        return self.device == CPU
-
-    def same_as(self, other: ShardMemory | None) -> bool:
-        """Whether both name the same bytes, so that what was opened and planned for one serves the other."""
-        if self is other:
-            return True
-        return (
-            other is not None
-            and (self.device, self.pid, self.handles) == (other.device, other.pid, other.handles)
-            and np.array_equal(self.allocation, other.allocation)
-            and np.array_equal(self.offset, other.offset)
-        )
-
-    def to_frame(self) -> tuple[dict[str, Any], bytes]:
-        """As JSON-able values and bytes, for `Links.exchange`."""
-        header = {
-            "device": self.device,
-            "pid": self.pid,
-            "handles": len(self.handles),
-            "chunks": self.chunks,
-            "weights": len(self.offset),
-            "offered_at": self.offered_at,
-        }
-        return header, b"".join(self.handles) + self.allocation.tobytes() + self.offset.tobytes()
-
-    @staticmethod
-    def from_frame(header: dict[str, Any], blob: bytes) -> ShardMemory:
-        """What `to_frame` made.
-
-        Raises:
-            ValueError: the sizes do not fit together.
-        """
-        handles, weights = int(header["handles"]), int(header["weights"])
-        chunks = tuple(tuple(int(size) for size in sizes) for sizes in header["chunks"])
-        if len(blob) != HANDLE_BYTES * handles + 12 * weights or len(chunks) != handles:
-            raise ValueError(f"{len(blob)} bytes cannot hold {handles} handles and the places of {weights} weights")
-        return ShardMemory(
-            device=str(header["device"]),
-            pid=int(header["pid"]),
-            handles=tuple(blob[i * HANDLE_BYTES :][:HANDLE_BYTES] for i in range(handles)),
-            chunks=chunks,
-            allocation=np.frombuffer(blob, np.uint32, weights, HANDLE_BYTES * handles),
-            offset=np.frombuffer(blob, np.uint64, weights, HANDLE_BYTES * handles + 4 * weights),
-            offered_at=str(header["offered_at"]),
-        )
 
 
 @dataclass

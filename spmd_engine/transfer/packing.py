@@ -13,8 +13,8 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 
@@ -25,23 +25,20 @@ from spmd_engine.transfer import _native
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(msgspec.Struct, frozen=True, tag=True):
     """Memory for packed buckets: `size` bytes of the file whose descriptor comes with it; answered by `Packed`."""
 
     name: int
     size: int
 
 
-@dataclass(frozen=True)
-class Unshare:
+class Unshare(msgspec.Struct, frozen=True, tag=True):
     """Give it up."""
 
     name: int
 
 
-@dataclass(frozen=True)
-class Pack:
+class Pack(msgspec.Struct, frozen=True, tag=True):
     """Copy blocks within the trainer, to addresses that count from the start of shared memory; answered by `Packed`."""
 
     name: int
@@ -49,11 +46,13 @@ class Pack:
     threads: int
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(msgspec.Struct, frozen=True, tag=True):
     """Done, or why not."""
 
     error: str | None = None
+
+
+_ToTrainer = Share | Unshare | Pack
 
 
 # ---- in the scheduler process ----
@@ -125,7 +124,7 @@ class PackLink:
 
     def __init__(self, rank: int, sock: socket.socket, timeout_s: float) -> None:
         self.may_look, self.is_broken = True, False
-        self._rank, self._channel, self._timeout_s = rank, Channel(sock), timeout_s
+        self._rank, self._channel, self._timeout_s = rank, Channel[Packed](sock, Packed), timeout_s
         self._running = 0
 
     def share(self, count: int, size: int, *, device: int | None) -> SharedMemory:
@@ -220,7 +219,7 @@ class Packer:
     def start(self, sock: socket.socket) -> None:
         """Start the thread, which ends when the other end of `sock`, in the scheduler process, is closed."""
         name = "spmd-engine packer"
-        threading.Thread(target=self._serve, args=(Channel(sock),), name=name, daemon=True).start()
+        threading.Thread(target=self._serve, args=(Channel(sock, _ToTrainer),), name=name, daemon=True).start()
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -234,7 +233,7 @@ class Packer:
             with self._copying:
                 pass
 
-    def _serve(self, channel: Channel) -> None:
+    def _serve(self, channel: Channel[_ToTrainer]) -> None:
         memory: dict[int, np.ndarray] = {}
         try:
             while True:
@@ -263,7 +262,7 @@ class Packer:
             if not self._updates:
                 return "its update has ended"
             try:
-                table = request.table
+                table = request.table.copy()
                 table["dst"] += np.uint64(memory[request.name].ctypes.data)
                 threads = max(1, min(request.threads, len(os.sched_getaffinity(0))))
                 _native.copy_cpu(table, pids=[0], threads=threads)

@@ -13,11 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from spmd_engine.control import codec
 from spmd_engine.transfer import _native, fd_passing
 from spmd_engine.transfer.fd_passing import DescriptorServer
 from spmd_engine.transfer.handles import Exporter, ShardMemory
@@ -34,10 +36,12 @@ import json, resource, sys, time
 import numpy as np
 import torch
 from spmd_engine.transfer import _native
-from spmd_engine.transfer.handles import OpenHandles, ShardMemory
+from spmd_engine.control import codec
+from spmd_engine.planning.shard_memory import ShardMemory
+from spmd_engine.transfer.handles import OpenHandles
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-header = json.loads(sys.stdin.buffer.readline())
-memory = ShardMemory.from_frame(header["memory"], sys.stdin.buffer.read(header["bytes"]))
+size = int(sys.stdin.buffer.readline())
+memory = codec.decode(sys.stdin.buffer.read(size), ShardMemory)
 torch.zeros(1, device="cuda")
 handles = OpenHandles(0)
 began = time.perf_counter()
@@ -91,14 +95,12 @@ class Opener:
     """Another process that has opened exported memory."""
 
     def __init__(self, memory: ShardMemory, offered_at: str) -> None:
-        import json
 
         command = [sys.executable, "-c", OPENER]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        header, blob = memory.to_frame()
-        frame = json.dumps({"memory": {**header, "offered_at": offered_at}, "bytes": len(blob)}).encode()
+        told = codec.encode(replace(memory, offered_at=offered_at))
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(frame + b"\n" + blob)
+        self._process.stdin.write(b"%d\n" % len(told) + told)
         self._process.stdin.flush()
         self.opened = self._process.stdout.readline().decode()
         assert "opened" in self.opened

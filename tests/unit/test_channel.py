@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from spmd_engine.control.calls import Checksums
 from spmd_engine.control.channel import Channel, ChannelClosed, ChannelTimeout
 from spmd_engine.control.messages import Reply
 from spmd_engine.errors import ErrorReport
@@ -16,7 +17,7 @@ from spmd_engine.errors import ErrorReport
 
 @pytest.fixture
 def pair():
-    left, right = (Channel(sock) for sock in socket.socketpair())
+    left, right = (Channel(sock, Reply) for sock in socket.socketpair())
     yield left, right
     left.close()
     right.close()
@@ -25,9 +26,9 @@ def pair():
 def test_messages_and_descriptors_arrive_in_order(pair):
     left, right = pair
     read, write = os.pipe()
-    left.send(Reply(1, value=b"x" * 10))
+    left.send(Reply(1, Checksums({"a": "x" * 10})))
     left.send(Reply(2, error=ErrorReport("PlanError", "no", 3)), fds=(write,))
-    assert right.recv(1.0) == (Reply(1, value=b"x" * 10), ())
+    assert right.recv(1.0) == (Reply(1, Checksums({"a": "x" * 10})), ())
     message, fds = right.recv(1.0)
     assert message.error == ErrorReport("PlanError", "no", 3)
     os.write(fds[0], b"!")
@@ -39,14 +40,16 @@ def test_messages_and_descriptors_arrive_in_order(pair):
 
 def test_large_messages_from_two_threads_do_not_mix(pair):
     left, right = pair
-    threads = [threading.Thread(target=left.send, args=(Reply(i, value=bytes([i]) * 3_000_000),)) for i in range(2)]
+    threads = [
+        threading.Thread(target=left.send, args=(Reply(i, Checksums({"a": str(i) * 3_000_000})),)) for i in range(2)
+    ]
     for thread in threads:
         thread.start()
     got = [right.recv(10.0)[0] for _ in threads]
     for thread in threads:
         thread.join()
     assert sorted(m.seq for m in got) == [0, 1]
-    assert all(set(m.value) == {m.seq} and len(m.value) == 3_000_000 for m in got)
+    assert all(set(text := m.answer.by_name["a"]) == {str(m.seq)} and len(text) == 3_000_000 for m in got)
 
 
 def test_timeout_and_end_of_stream(pair):
@@ -86,7 +89,7 @@ def test_an_end_that_does_not_read_ends_the_wait_of_the_other(pair):
     left, right = pair
     began = time.monotonic()
     with pytest.raises(ChannelTimeout, match="read nothing"):
-        left.send(Reply(1, value=bytes(10_000_000)), timeout_s=0.2)
+        left.send(Reply(1, Checksums({"a": "x" * 10_000_000})), timeout_s=0.2)
     assert time.monotonic() - began < 5
     with pytest.raises(ChannelClosed):  # half a message cannot be mended
         left.send(Reply(2))
@@ -99,7 +102,7 @@ def test_a_thread_that_waits_does_not_hold_up_another_for_ever(pair):
 
     def send() -> None:
         with pytest.raises(ChannelClosed):
-            left.send(Reply(1, value=bytes(10_000_000)))
+            left.send(Reply(1, Checksums({"a": "x" * 10_000_000})))
 
     waiting = threading.Thread(target=send)
     waiting.start()
@@ -116,7 +119,7 @@ def test_an_event_loop_that_makes_the_socket_non_blocking_changes_nothing(pair):
     left, right = pair
     for channel in pair:
         os.set_blocking(channel.fileno(), False)  # as uvloop does
-    sending = threading.Thread(target=left.send, args=(Reply(1, value=bytes(10_000_000)),))
+    sending = threading.Thread(target=left.send, args=(Reply(1, Checksums({"a": "x" * 10_000_000})),))
     sending.start()
-    assert right.recv(10.0)[0] == Reply(1, value=bytes(10_000_000))
+    assert right.recv(10.0)[0] == Reply(1, Checksums({"a": "x" * 10_000_000}))
     sending.join()

@@ -6,12 +6,15 @@ import os
 import socket
 import tempfile
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from spmd_engine.control import codec
 from spmd_engine.control.messages import Descriptors
 from spmd_engine.errors import TransferError
+from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.trainer.weight_updates import WeightUpdates
 from spmd_engine.transfer import _native, fd_passing
 from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError
@@ -150,8 +153,8 @@ def test_runs_and_handles_are_opened_once_and_closed(device):
     exporter = Exporter()
     memory = exporter.export(*ALL, device=0)
     server = offered(exporter, memory)
-    received = type(memory).from_frame(*memory.to_frame())
-    received = type(memory)(**{**vars(received), "offered_at": server.address})
+    received = codec.decode(codec.encode(memory), ShardMemory)
+    received = replace(received, offered_at=server.address)
     opened = OpenHandles(0)
     found = opened.addresses(received, np.array([1, 2, 3, 5, 7]))
     assert [mapping.chunks for mapping in Mapping.made] == [[1, 2, 3], [6]]

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sharding import CASES, DTYPES, draw_placements, meshes, random_weight, scatter
 
+from spmd_engine.control import codec
 from spmd_engine.planning.layout import ITEM_SIZE, Mesh, Replicate, Shard, SourceLayout, Weight
 from spmd_engine.planning.plan import RecordedCopy, build_plan
-from spmd_engine.planning.read_sets import from_plain, to_plain, wants_of
+from spmd_engine.planning.read_sets import PackedReadSets, pack, unpack, wants_of
 from spmd_engine.planning.report import LinkSpeeds, make_report
 from spmd_engine.scheduler.recording.recorder import Recorder
 from spmd_engine.transfer import _native
@@ -211,7 +212,7 @@ def test_every_element_is_right_and_no_plan_moves_less(job):
             from_node, bytes_of_row, bytes_of_row // item_of_row * np.minimum(item_of_row, dtype.itemsize)
         )
         np.add.at(matrix[rank], plan.rank, packed)
-        readers[rank] = from_plain(to_plain(wants_of(recording.copies, shapes)))
+        readers[rank] = unpack(codec.decode(codec.encode(pack(wants_of(recording.copies, shapes))), PackedReadSets))
         written = sum(want.written for want in readers[rank].values())
         assert written == len(wants[rank]) * ITEM_SIZE[str(dtype).removeprefix("torch.")]
 

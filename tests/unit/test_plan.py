@@ -203,7 +203,7 @@ def test_the_first_difference_of_layouts_is_named():
 
     def difference(*weights, mesh=mesh):
         mine = SourceLayout((cut, whole), (Mesh((2,), (0, 1)),))
-        return first_difference({3: mine.plain(), 5: SourceLayout(weights, (mesh,)).plain()})
+        return first_difference({3: mine, 5: SourceLayout(weights, (mesh,))})
 
     assert difference(cut, whole) == ""
     assert difference(whole, cut) == "ranks 3 and 5 have the weights in another order"

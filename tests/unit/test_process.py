@@ -7,19 +7,21 @@ import socket
 import pytest
 
 from spmd_engine.control.channel import Channel
-from spmd_engine.control.messages import PROTOCOL, Failed, LinkAddress, Packing, Shutdown, Start
+from spmd_engine.control.messages import PROTOCOL, Failed, GroupAddress, Packing, Parsed, Start, ToScheduler, ToTrainer
 from spmd_engine.trainer.process import SchedulerProcess, open_log
+
+_AFTER = Parsed("text-1", "", [])
 
 
 @pytest.fixture
 def start(tmp_path):
     """Of a process that fails as soon as it looks at what it was handed as its listening socket."""
-    link = LinkAddress(ranks=(3,), host="127.0.0.1", port=1, token="", listener_fd=os.open(os.devnull, os.O_RDONLY))
+    group = GroupAddress(ranks=(3,), host="127.0.0.1", port=1, token="", listener_fd=os.open(os.devnull, os.O_RDONLY))
     return Start(
         protocol=PROTOCOL,
         rank=3,
         tp_rank=0,
-        link=link,
+        group=group,
         model_path="",
         server_args={},
         random_seed=0,
@@ -85,11 +87,11 @@ def asked_to_pack(monkeypatch):
     """A trainer's end whose scheduler process asks it to pack and then says goodbye, and the other end of the link."""
     monkeypatch.setattr(SchedulerProcess, "__init__", lambda self: None)
     process, (ours, theirs) = SchedulerProcess(), socket.socketpair()
-    process.rank, process.channel, process._pidfd = 3, Channel(ours), -1
-    scheduler, (link, end) = Channel(theirs), socket.socketpair()
+    process.rank, process.channel, process._pidfd = 3, Channel(ours, ToTrainer), -1
+    scheduler, (link, end) = Channel(theirs, ToScheduler), socket.socketpair()
     with end:
         scheduler.send(Packing(), (end.fileno(),))
-    scheduler.send(Shutdown())
+    scheduler.send(_AFTER)
     link.settimeout(10.0)
     return process, link
 
@@ -102,7 +104,7 @@ def test_without_a_descriptor_left_the_packers_link_is_closed_and_the_process_go
     os.close(lowest_free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
     try:
-        assert isinstance(process.recv(timeout_s=10.0), Shutdown)
+        assert process.recv(timeout_s=10.0) == _AFTER
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "rank 3 cannot pack its shards: too many files are open" in caplog.text
@@ -116,6 +118,6 @@ def test_without_a_thread_left_the_packers_link_is_closed_and_the_process_goes_o
         raise RuntimeError("can't start new thread")
 
     process.on_packing = refuse
-    assert isinstance(process.recv(timeout_s=10.0), Shutdown)
+    assert process.recv(timeout_s=10.0) == _AFTER
     assert "rank 3 cannot pack its shards: can't start new thread" in caplog.text
     assert link.recv(1) == b""

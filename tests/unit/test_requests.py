@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from array import array
 from dataclasses import replace
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from spmd_engine.control import codec
 from spmd_engine.control.digest import digest
-from spmd_engine.control.messages import GenerateOutput, Submit
+from spmd_engine.control.generation import GenerateOutput
+from spmd_engine.control.messages import Submit
 from spmd_engine.errors import InvalidRequestError
-from spmd_engine.scheduler.step_commands import Ticket
+from spmd_engine.scheduler.step_commands import StepCommands
 from spmd_engine.trainer.requests import TextStream, build_requests, format_outputs, load_tokenizer
 
 
@@ -136,14 +139,22 @@ def test_digest_tells_values_not_identities():
     assert digest(array("q", [1, 2])) == digest(array("q", [1, 2]))
 
 
-def test_a_request_goes_through_a_ticket():
-    request = build(input_ids=[7, 8])[0][0]
-    ticket = Ticket([Submit({"a;": request, "b;": request}, True), Submit({"c;": request}, False)], ["x;"], pause=True)
-    assert Ticket.from_frame(ticket.to_frame()) == ticket
-    assert Ticket.from_frame(Ticket().to_frame()) == Ticket()
-    assert Ticket.from_frame(({"headers": []}, b"")) is None
-    with pytest.raises(InvalidRequestError, match="must be plain values"):
-        replace(request, sampling_params={"custom": object()}).as_told()
+def test_step_commands_reach_other_ranks():
+    request = build(input_ids=[7, 8], sampling_params={"stop": ["a"], "logit_bias": {"3": -math.inf}})[0][0]
+    submits = [Submit({"a;": request, "b;": request}, True), Submit({"c;": request}, False)]
+    commands = StepCommands(submits, ["x;"], pause=True)
+    assert codec.decode(codec.encode(commands), StepCommands) == commands
+    assert codec.decode(codec.encode(StepCommands()), StepCommands) == StepCommands()
+    with pytest.raises(codec.EncodeError, match="object cannot be told"):
+        codec.encode(replace(request, sampling_params={"custom": object()}))
+    with pytest.raises(codec.DecodeError, match="no StepCommands"):
+        codec.decode(codec.encode({"submits": [{"requests": {}}]}), StepCommands)
+
+
+@pytest.mark.parametrize("value", [1 << 70, -(1 << 64), "\ud800"])
+def test_what_no_other_process_can_read_is_refused(value):
+    with pytest.raises(InvalidRequestError, match="must be of plain values and numbers of 64 bits"):
+        build(input_ids=[1], sampling_params={"custom_params": {"a": [value]}})
 
 
 class Bytes:

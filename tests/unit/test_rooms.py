@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parents[2] / "spmd_engine"
 # What each room may import besides itself, `errors` and (but for the pure ones) third-party packages.
 MAY_IMPORT = {
     "planning": set(),
-    "control": set(),
+    "control": {"planning", "stats"},
     "transfer": {"planning", "control"},
     "trainer": {"transfer", "planning", "control", "stats"},
     "scheduler": {"transfer", "planning", "control", "stats"},
     "on_paper": {"trainer", "planning", "control"},
 }
-PURE = {"planning": {"numpy", "matplotlib"}}  # matplotlib only to draw a report
+PURE = {"planning": {"numpy", "msgspec", "matplotlib"}}  # matplotlib only to draw a report
 
 
 def room_of(module: str) -> str:

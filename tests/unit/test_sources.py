@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor import Shard as TorchShard
 
+from spmd_engine.control import codec
 from spmd_engine.errors import CollectiveTimeoutError, PlanError, SchedulerDiedError
 from spmd_engine.planning.layout import Mesh, Shard
 from spmd_engine.trainer.rendezvous import Rendezvous, bounded, node_identity
@@ -89,12 +90,12 @@ def test_shard_memory_crosses_a_link():
         offset=np.array([8, 0, 16], np.uint64),
         offered_at="name/token",
     )
-    received = ShardMemory.from_frame(*memory.to_frame())
+    received = codec.decode(codec.encode(memory), ShardMemory)
     assert received.same_as(memory)
     assert (received.chunks, received.offered_at) == (memory.chunks, "name/token")
-    header, blob = memory.to_frame()
-    with pytest.raises(ValueError, match="cannot hold 2 handles"):
-        ShardMemory.from_frame(header, blob[:-1])
+    for part in ({"handles": memory.handles[:1]}, {"offset": memory.offset[:1]}, {"allocation": memory.offset}):
+        with pytest.raises(codec.DecodeError):
+            codec.decode(codec.encode({**vars(memory), **part}), ShardMemory)
     assert not memory.same_as(None)
     assert Exporter().export(np.array([1, 2], np.uint64), np.array([4, 4], np.uint64), device=None).is_cpu
 
@@ -108,7 +109,7 @@ def test_rendezvous_of_two_ranks_and_of_a_rank_that_never_comes():
     meeting = points[0].meet({"n": 1}, timeout_s=5.0, watch=lambda: None)
     thread.join()
     assert [note["n"] for note in meeting.notes] == [1, 2] == [note["n"] for note in met[0].notes]
-    assert meeting.link.token == met[0].link.token and meeting.link.listener_fd >= 0 > met[0].link.listener_fd
+    assert meeting.group.token == met[0].group.token and meeting.group.listener_fd >= 0 > met[0].group.listener_fd
     assert {note["node"] for note in meeting.notes} == {node_identity()}
 
     began = time.monotonic()

@@ -8,7 +8,7 @@ import tempfile
 import pytest
 import torch.distributed as dist
 
-from spmd_engine.control.messages import LinkAddress
+from spmd_engine.control.messages import GroupAddress
 from spmd_engine.errors import CollectiveMismatchError, ConfigError
 from spmd_engine.trainer.rendezvous import Meeting, Rendezvous, check_reachable, interface_of
 from spmd_engine.trainer.startup import _check_agreement, shared_scratch
@@ -19,7 +19,7 @@ RANKS = (4, 5, 6, 7)
 def meeting(nodes: str, **changes: object) -> Meeting:
     notes = [{"digest": "d", "arguments": "{}", "refusal": None, "node": node} for node in nodes]
     notes[1].update(changes)
-    return Meeting(notes, LinkAddress(RANKS, "10.0.0.1", 1, "token"))
+    return Meeting(notes, GroupAddress(RANKS, "10.0.0.1", 1, "token"))
 
 
 def test_ranks_that_agree():
@@ -72,7 +72,7 @@ def test_meetings_are_counted_by_store():
             for number in range(rounds):
                 rendezvous = Rendezvous((0,), 0, "test")
                 assert rendezvous._number == number
-                listener = rendezvous.meet({"a": number}, timeout_s=5.0, watch=lambda: None).link.listener_fd
+                listener = rendezvous.meet({"a": number}, timeout_s=5.0, watch=lambda: None).group.listener_fd
                 os.close(listener)
         finally:
             dist.destroy_process_group()

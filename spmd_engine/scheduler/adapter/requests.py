@@ -6,7 +6,7 @@ import difflib
 import math
 from typing import Any
 
-from spmd_engine.control.messages import FunctionCall, GenerateRequest
+from spmd_engine.control.generation import FunctionCall, GenerateRequest
 from spmd_engine.errors import InvalidRequestError
 
 _MOST_BIAS = 1e30  # float32 has it still when it is divided by the lowest temperature

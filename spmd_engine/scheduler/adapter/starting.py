@@ -68,12 +68,12 @@ def make_server_args(start: Start) -> Any:
         values = {**defaults, **values, **without, "device": "cpu"}
     values.update(
         model_path=start.model_path,
-        tp_size=len(start.link.ranks),
+        tp_size=len(start.group.ranks),
         random_seed=start.random_seed,
         nccl_port=start.store_port,
         nnodes=start.nnodes,
         node_rank=start.node_rank,
-        dist_init_addr=_join_host_port(start.link.host, start.store_port),
+        dist_init_addr=_join_host_port(start.group.host, start.store_port),
         watchdog_timeout=_NEVER_S,
     )
     try:
@@ -194,7 +194,8 @@ def make_scheduler(start: Start, *, receiver: Any, sink: Any) -> Any:
     except _START_ERRORS as error:
         logger.exception("SGLang did not start")
         raise ConfigError(
-            f"SGLang cannot start {start.model_path!r} with TP {len(start.link.ranks)}: {type(error).__name__}: {error}"
+            f"SGLang cannot start {start.model_path!r} with TP {len(start.group.ranks)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -260,7 +261,7 @@ def _serve_store(start: Start) -> torch.distributed.TCPStore | None:
     if start.store_fd < 0:
         return None
     return torch.distributed.TCPStore(
-        host_name=start.link.host,
+        host_name=start.group.host,
         port=start.store_port,
         is_master=True,
         wait_for_workers=False,
@@ -279,7 +280,7 @@ def _check_heads(args: Any, start: Start) -> None:
         raise ConfigError(
             f"SGLang cannot read the model {start.model_path!r}: {type(error).__name__}: {error}"
         ) from error
-    tp_size = len(start.link.ranks)
+    tp_size = len(start.group.ranks)
     if heads % tp_size:
         raise ConfigError(
             f"the model has {heads} attention heads, which TP {tp_size} does not divide: choose another TP size"

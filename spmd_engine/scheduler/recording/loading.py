@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,7 +217,7 @@ def _cover(model: torch.nn.Module, recording: Recording, covers: Callable[[str],
     return fallback
 
 
-def check_all_used(layout: SourceLayout, optional: frozenset[str], used: list[dict[str, list[int]]]) -> None:
+def check_all_used(layout: SourceLayout, optional: frozenset[str], used: Sequence[Mapping[str, Sequence[int]]]) -> None:
     """Refuse weights that no rank reads, or reads only in part: engine and trainer have different models."""
     for weight in layout.weights:
         ranges = [ranks[weight.name] for ranks in used if weight.name in ranks]

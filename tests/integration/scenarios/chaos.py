@@ -31,7 +31,7 @@ class Chaos:
         self.context, self.random = context, random.Random(seed)
         self.engine = context.engine(path, context.world, enable_memory_saver=True)
         self.sources = [shard(models.make_model("qwen2", seed=seed), context.world) for seed in (2, 3)]
-        self.engine._caller.timeout_s = CALL_TIMEOUT_S
+        self.engine._client.timeout_s = CALL_TIMEOUT_S
         self.tokens = []
         for current in range(len(self.sources)):
             self.engine.update_weights(self.sources[current])
@@ -124,7 +124,7 @@ class Chaos:
         assert time.monotonic() - began < NOTICED_S
         self.random.setstate(common)
         self.engine.restart()
-        self.engine._caller.timeout_s = CALL_TIMEOUT_S
+        self.engine._client.timeout_s = CALL_TIMEOUT_S
         with pytest.raises(errors.WeightsInconsistentError):
             greedy(self.engine)
         self.update()

@@ -35,7 +35,7 @@ def once_inside(engine: Any, action: Callable[[], object]) -> None:
     """Do something in another thread as soon as this one is inside a call of the engine."""
 
     def watch() -> None:
-        while not engine._caller._lock.locked():
+        while not engine._client._lock.locked():
             pass
         action()
 
@@ -75,7 +75,7 @@ def silence(context: Any, path: str) -> None:
 
 
 def _trainer_hangs(context: Any, engine: Any) -> None:
-    engine._caller.timeout_s = CALL_TIMEOUT_S
+    engine._client.timeout_s = CALL_TIMEOUT_S
     pids: list[int] = [0] * context.world
     dist.all_gather_object(pids, os.getpid())
     if context.rank == 0:
@@ -93,7 +93,7 @@ def _trainer_hangs(context: Any, engine: Any) -> None:
 
 
 def _scheduler_hangs(context: Any, engine: Any) -> None:
-    engine._caller.timeout_s = CALL_TIMEOUT_S
+    engine._client.timeout_s = CALL_TIMEOUT_S
     if context.rank == 1:
         once_inside(engine, lambda: os.kill(engine.scheduler_pid, signal.SIGSTOP))
     began = time.monotonic()

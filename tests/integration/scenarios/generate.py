@@ -162,7 +162,7 @@ def overlapping(context: Any, path: str) -> dict[str, Any]:
             target=lambda: outcome.append(engine.generate(input_ids=PROMPTS, sampling_params=long))
         )
         thread.start()
-        while not engine._caller._lock.locked():
+        while not engine._client._lock.locked():
             time.sleep(0.01)
         with pytest.raises(errors.EngineBusyError, match="while another call of its engine was running"):
             engine.update_weights(model)

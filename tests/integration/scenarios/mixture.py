@@ -100,12 +100,12 @@ def mixed(context: Any, path: str) -> dict[str, Any]:
 
 def check_poll(engine: Any) -> None:
     """A call that comes while the event loop reads waits for it; no other call runs."""
-    with ThreadPoolExecutor(1) as pool, engine._caller._lock:
+    with ThreadPoolExecutor(1) as pool, engine._client._lock:
         call = pool.submit(engine.flush_cache)
         time.sleep(0.2)
-        engine._caller._lock.release()
+        engine._client._lock.release()
         call.result()
-        engine._caller._lock.acquire()
+        engine._client._lock.acquire()
 
 
 def check_flood(context: Any, engine: Any) -> None:

@@ -1,7 +1,7 @@
-"""Links between scheduler processes: a star over TCP, for agreement, barriers and alarms.
+"""Connects scheduler processes that act together: a star over TCP, for agreement, barriers and alarms.
 
-The scheduler process of the first rank is the hub. Every other one holds two connections to it: `data`, used by the
-main thread for `exchange`, and `alarm`, watched by the watchdog thread. Frames are JSON plus raw bytes, never pickles.
+The scheduler process of the first rank is the root. Every other one, a member, holds two connections to it: `data`,
+used by the main thread, and `alarm`, watched by the watchdog thread.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ import select
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
+import msgspec
+
+from spmd_engine.control import codec
 from spmd_engine.control.channel import spin
-from spmd_engine.control.framing import Frame, frame, recv_frame
-from spmd_engine.control.messages import LinkAddress
+from spmd_engine.control.framing import frame, recv_frame
+from spmd_engine.control.messages import GroupAddress
+from spmd_engine.errors import ErrorReport
+
+M = TypeVar("M")
 
 _HELLO_LIMIT = 4096
 _HELLO_S = 5.0
@@ -30,27 +36,70 @@ Beside = tuple[int, Callable[[], None]]
 
 
 class PeerGone(Exception):
-    """The scheduler process of `rank` closed its link."""
+    """The scheduler process of `rank` closed its connection."""
 
     def __init__(self, rank: int) -> None:
-        super().__init__(f"the scheduler process of rank {rank} closed its link")
+        super().__init__(f"the scheduler process of rank {rank} closed its connection")
         self.rank = rank
 
 
-class LinkTimeout(Exception):
-    """A rank did not reach an exchange in time."""
+class PeerTimeout(Exception):
+    """A rank did not come in time."""
 
     def __init__(self, rank: int, timeout_s: float) -> None:
         super().__init__(f"waited {timeout_s:.1f} s for rank {rank}")
         self.rank = rank
 
 
-class Interjection(Exception):
-    """The hub has told something first. What this member has sent does not count: the exchange must be made again."""
+class BroadcastFirst(Exception):
+    """The root has broadcast something first. What this member has sent does not count: it must be sent again.
 
-    def __init__(self, frame: Frame) -> None:
+    Attributes:
+        data: what the root has broadcast, encoded.
+    """
+
+    def __init__(self, data: bytes) -> None:
         super().__init__()
-        self.frame = frame
+        self.data = data
+
+
+class _Hello(msgspec.Struct, frozen=True):
+    token: str
+    rank: int
+    lane: str
+
+
+class _Contribution(msgspec.Struct, frozen=True, tag=True):
+    """A member's part of an all-gather, and how many broadcasts it has heard before."""
+
+    after: int
+    data: bytes
+
+
+class _Gathered(msgspec.Struct, frozen=True, tag=True):
+    """The parts of all ranks, in their order."""
+
+    parts: list[bytes]
+
+
+class _Broadcast(msgspec.Struct, frozen=True, tag=True):
+    data: bytes
+
+
+class Alarm(msgspec.Struct, frozen=True, tag=True):
+    """The sender ends, and the receiver shall."""
+
+    error: ErrorReport
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag=True):
+    """The engine of `rank` was shut down by its trainer."""
+
+    rank: int
+
+
+_FromRoot = _Gathered | _Broadcast
+News = Alarm | Goodbye
 
 
 def listen(host: str) -> socket.socket:
@@ -116,36 +165,36 @@ class _Lives:
         return next((self._ranks[fd] for fd, _ in poller.poll(timeout_s * 1000) if fd in self._ranks), None)
 
 
-class Links:
-    """The links of one scheduler process to the others of `ranks`.
+class PeerGroup:
+    """The connections of one scheduler process to the others of `ranks`.
 
     Args:
         rank: this process's global rank.
-        address: where the hub listens; its `ranks` are the members.
+        address: where the root listens; its `ranks` are the members.
         timeout_s: how long to wait until all have joined, and later until a member reads.
 
     Raises:
-        LinkTimeout, PeerGone: a member did not join.
+        PeerTimeout, PeerGone: a member did not join.
     """
 
-    def __init__(self, rank: int, address: LinkAddress, *, timeout_s: float) -> None:
+    def __init__(self, rank: int, address: GroupAddress, *, timeout_s: float) -> None:
         self.rank, self._timeout_s = rank, timeout_s
         self.ranks = address.ranks
-        self.hub = address.ranks[0]
+        self.root = address.ranks[0]
         self.data: dict[int, socket.socket] = {}
         self.alarms: dict[int, socket.socket] = {}
         self._pollers: dict[int, select.poll] = {}
-        self._told = 0  # how often the hub has told something, or a member has heard it
+        self._broadcasts = 0  # sent by the root, or received by a member
         deadline = time.monotonic() + timeout_s
         if len(self.ranks) == 1:
             if address.listener_fd >= 0:
                 socket.socket(fileno=address.listener_fd).close()
-        elif rank == self.hub:
+        elif rank == self.root:
             self._accept(address, deadline, timeout_s)
         else:
             self._join(address, deadline, timeout_s)
 
-    def _accept(self, address: LinkAddress, deadline: float, timeout_s: float) -> None:
+    def _accept(self, address: GroupAddress, deadline: float, timeout_s: float) -> None:
         listener = socket.socket(fileno=address.listener_fd)
         with listener, _Lives(address.trainers) as trainers:
             while len(self.data) + len(self.alarms) < 2 * (len(self.ranks) - 1):
@@ -159,32 +208,32 @@ class Links:
                     if time.monotonic() < deadline:
                         continue
                     missing = [r for r in self.ranks[1:] if r not in self.data]
-                    raise LinkTimeout(missing[0], timeout_s) from None
+                    raise PeerTimeout(missing[0], timeout_s) from None
                 # A stranger that connects and says nothing, or a byte now and then, must not hold up the members.
                 hello_by = min(deadline, time.monotonic() + _HELLO_S)
                 try:
-                    hello, _ = recv_frame(sock, limit=_HELLO_LIMIT, deadline=hello_by)
-                    known = hmac.compare_digest(str(hello.get("token", "")), address.token)
-                    rank, lane = int(hello.get("rank", -1)), hello.get("lane")
-                except (EOFError, OSError, ValueError, AttributeError, TypeError):
-                    known, rank, lane = False, -1, None
-                if not known or rank not in self.ranks or lane not in ("data", "alarm"):
+                    hello = codec.decode(recv_frame(sock, limit=_HELLO_LIMIT, deadline=hello_by), _Hello)
+                    is_known = hmac.compare_digest(hello.token.encode(), address.token.encode())
+                except (EOFError, OSError, ValueError, codec.DecodeError):
                     sock.close()
                     continue
-                self._keep(sock, rank, lane)
+                if not is_known or hello.rank not in self.ranks or hello.lane not in ("data", "alarm"):
+                    sock.close()
+                    continue
+                self._keep(sock, hello.rank, hello.lane)
 
-    def _join(self, address: LinkAddress, deadline: float, timeout_s: float) -> None:
+    def _join(self, address: GroupAddress, deadline: float, timeout_s: float) -> None:
         for lane in ("data", "alarm"):
             try:
                 sock = socket.create_connection(
                     (address.host, address.port), timeout=max(0.001, deadline - time.monotonic())
                 )
-                sock.sendall(frame({"token": address.token, "rank": self.rank, "lane": lane}))
+                sock.sendall(frame(codec.encode(_Hello(address.token, self.rank, lane))))
             except TimeoutError:
-                raise LinkTimeout(self.hub, timeout_s) from None
+                raise PeerTimeout(self.root, timeout_s) from None
             except OSError:
-                raise PeerGone(self.hub) from None
-            self._keep(sock, self.hub, lane)
+                raise PeerGone(self.root) from None
+            self._keep(sock, self.root, lane)
 
     def _keep(self, sock: socket.socket, rank: int, lane: str) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -197,16 +246,8 @@ class Links:
         self._pollers[rank] = select.poll()
         self._pollers[rank].register(sock, select.POLLIN)
 
-    def exchange(
-        self,
-        header: dict[str, Any],
-        blob: bytes = b"",
-        *,
-        timeout_s: float,
-        spin_s: float = 0.0,
-        beside: Beside | None = None,
-    ) -> list[Frame]:
-        """All-gather: every member's frame, in the order of `ranks`. Also a barrier.
+    def all_gather(self, message: M, *, timeout_s: float, spin_s: float = 0.0, beside: Beside | None = None) -> list[M]:
+        """Every rank's message, of one type on all of them, in the order of `ranks`. Also a barrier.
 
         Args:
             timeout_s: how long to wait for the others.
@@ -214,59 +255,63 @@ class Links:
             beside: what else to read while waiting.
 
         Raises:
-            LinkTimeout: a member did not come within `timeout_s` seconds.
-            PeerGone: a member's process is gone.
-            Interjection: on a member, the hub has told it something before it came.
+            PeerTimeout: a rank did not come within `timeout_s` seconds.
+            PeerGone: a rank's process is gone.
+            BroadcastFirst: on a member, the root has broadcast something before it came.
         """
         if len(self.ranks) == 1:
-            return [(header, blob)]
+            return [message]
         deadline = time.monotonic() + timeout_s
-        if self.rank != self.hub:
-            self._send(self.hub, frame({"after": self._told, "header": header}, blob), deadline, timeout_s)
-            merged, payload = self._recv(self.hub, deadline, timeout_s, spin_s, beside)
-            if "headers" not in merged:
-                self._told += 1
-                raise Interjection((merged, payload))
-            frames, at = [], 0
-            for member, size in zip(merged["headers"], merged["sizes"], strict=True):
-                frames.append((member, payload[at : at + size]))
-                at += size
-            return frames
-        frames = [(header, blob)]
-        for member in self.ranks[1:]:
-            sent, data = self._recv(member, deadline, timeout_s, spin_s, beside)
-            while sent["after"] != self._told:  # it had not heard yet what it should know
-                sent, data = self._recv(member, deadline, timeout_s, spin_s, beside)
-            frames.append((sent["header"], data))
-        merged = {"headers": [h for h, _ in frames], "sizes": [len(b) for _, b in frames]}
-        answer = frame(merged, b"".join(b for _, b in frames))
-        for member in self.ranks[1:]:
-            self._send(member, answer, deadline, timeout_s)
-        return frames
+        data = codec.encode(message)
+        if self.rank != self.root:
+            mine = codec.encode(_Contribution(self._broadcasts, data))
+            self._send(self.root, frame(mine), deadline, timeout_s)
+            answer: _FromRoot = codec.decode(self._recv(self.root, deadline, timeout_s, spin_s, beside), _FromRoot)
+            if isinstance(answer, _Broadcast):
+                self._broadcasts += 1
+                raise BroadcastFirst(answer.data)
+            parts = answer.parts
+        else:
+            parts = [data]
+            for member in self.ranks[1:]:
+                sent = self._recv_contribution(member, deadline, timeout_s, spin_s, beside)
+                while sent.after != self._broadcasts:  # it had not heard yet what it should know
+                    sent = self._recv_contribution(member, deadline, timeout_s, spin_s, beside)
+                parts.append(sent.data)
+            gathered = frame(codec.encode(_Gathered(parts)))
+            for member in self.ranks[1:]:
+                self._send(member, gathered, deadline, timeout_s)
+        kind = type(message)
+        return [codec.decode(part, kind) for part in parts]
 
-    def tell(self, header: dict[str, Any], blob: bytes = b"") -> None:
-        """On the hub: send something to all members, without waiting for them; `header` must not have "headers".
+    def _recv_contribution(
+        self, member: int, deadline: float, timeout_s: float, spin_s: float, beside: Beside | None
+    ) -> _Contribution:
+        return codec.decode(self._recv(member, deadline, timeout_s, spin_s, beside), _Contribution)
+
+    def broadcast(self, message: object) -> None:
+        """On the root: send a message to all members, without waiting for them.
 
         Raises:
             PeerGone: a member's process is gone.
-            LinkTimeout: a member did not read.
+            PeerTimeout: a member did not read.
         """
         if len(self.ranks) > 1:
-            self._told += 1
-            data = frame(header, blob)
+            self._broadcasts += 1
+            data = frame(codec.encode(_Broadcast(codec.encode(message))))
             deadline = time.monotonic() + self._timeout_s
             for member in self.ranks[1:]:
                 self._send(member, data, deadline, self._timeout_s)
 
-    def hear(self, *, timeout_s: float) -> Frame:
-        """On a member: what the hub tells.
+    def recv_broadcast(self, kind: type[M], *, timeout_s: float) -> M:
+        """On a member: the message of type `kind` that the root broadcasts.
 
         Raises:
-            LinkTimeout, PeerGone: see `exchange`.
+            PeerTimeout, PeerGone: see `all_gather`.
         """
-        found = self._recv(self.hub, time.monotonic() + timeout_s, timeout_s)
-        self._told += 1
-        return found
+        found = codec.decode(self._recv(self.root, time.monotonic() + timeout_s, timeout_s), _Broadcast)
+        self._broadcasts += 1
+        return codec.decode(found.data, kind)
 
     def _send(self, member: int, data: bytes, deadline: float, timeout_s: float) -> None:
         sock, left = self.data[member], memoryview(data)
@@ -277,13 +322,13 @@ class Links:
                 left = left[sock.send(left, socket.MSG_DONTWAIT) :]
             except BlockingIOError:
                 if not poller.poll(_milliseconds_until(deadline)):
-                    raise LinkTimeout(member, timeout_s) from None
+                    raise PeerTimeout(member, timeout_s) from None
             except OSError:
                 raise PeerGone(member) from None
 
     def _recv(
         self, member: int, deadline: float, timeout_s: float, spin_s: float = 0.0, beside: Beside | None = None
-    ) -> Frame:
+    ) -> bytes:
         sock, poller = self.data[member], self._pollers[member]
         # Poll first: a timeout in the middle of a frame would lose the stream.
         if not spin(sock, spin_s):
@@ -293,7 +338,7 @@ class Links:
                 poller.register(beside[0], select.POLLIN)
             while sock.fileno() not in (ready := [fd for fd, _ in poller.poll(_milliseconds_until(deadline))]):
                 if not ready:
-                    raise LinkTimeout(member, timeout_s)
+                    raise PeerTimeout(member, timeout_s)
                 assert beside is not None
                 beside[1]()
         try:
@@ -301,15 +346,27 @@ class Links:
         except (EOFError, OSError):
             raise PeerGone(member) from None
 
-    def alarm(self, header: dict[str, Any], skip: int = -1) -> None:
-        """Tell all linked processes, except `skip`; those that are gone already are passed over."""
+    def alarm(self, news: News, skip: int = -1) -> None:
+        """Tell all connected processes, except `skip`; those that are gone already are passed over."""
+        data = frame(codec.encode(news))
         for member, sock in list(self.alarms.items()):
             if member != skip:
                 try:
                     sock.settimeout(1.0)
-                    sock.sendall(frame(header))
+                    sock.sendall(data)
                 except OSError:
                     continue
+
+    @staticmethod
+    def recv_alarm(sock: socket.socket) -> News:
+        """What came over one of `alarms`.
+
+        Raises:
+            EOFError, OSError, ValueError, codec.DecodeError: nothing that could be understood.
+        """
+        sock.settimeout(1.0)
+        news: News = codec.decode(recv_frame(sock), News)
+        return news
 
     def close(self) -> None:
         for sock in (*self.data.values(), *self.alarms.values()):
