@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
+from spmd_engine.control import timeouts
 from spmd_engine.control.calls import (
     Checksums,
     Done,
@@ -17,14 +18,11 @@ from spmd_engine.control.calls import (
     FlushCache,
     Generate,
     Generated,
-    Occupation,
-    ReleaseMemory,
-    ResumeMemory,
     Updated,
     WeightChecksums,
 )
 from spmd_engine.control.messages import Coming
-from spmd_engine.errors import MEMORY_TAGS, InvalidRequestError, MemoryNotOfferedError, MemoryOccupationError
+from spmd_engine.errors import InvalidRequestError, MemoryNotOfferedError
 from spmd_engine.planning.plan import numbered
 from spmd_engine.planning.read_sets import unpack
 from spmd_engine.planning.report import LinkSpeeds, PlanReport, make_report
@@ -33,6 +31,7 @@ from spmd_engine.trainer import requests as req
 from spmd_engine.trainer import tracing
 from spmd_engine.trainer.async_requests import AsyncRequests
 from spmd_engine.trainer.leader import LeaderCalls
+from spmd_engine.trainer.memory import MemoryCalls
 from spmd_engine.trainer.requests import GenerateOptions
 from spmd_engine.trainer.scheduler_client import SchedulerClient
 from spmd_engine.trainer.startup import Startup, mesh_ranks
@@ -44,12 +43,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# An update on GPUs takes milliseconds; waking up at its end would add to them.
-_SPIN_S = 0.05
 _RUNNING = ("wait", "abort", "pause")
 
 
-class SpmdEngine(LeaderCalls):
+class SpmdEngine(LeaderCalls, MemoryCalls):
     """SGLang inside the ranks of a trainer.
 
     Every rank of `device_mesh_cpu` starts the scheduler process of its own tensor-parallel rank and talks to it alone.
@@ -115,7 +112,7 @@ class SpmdEngine(LeaderCalls):
         self._weight_version, self._sleeping = startup.weight_version, ()
         if is_restart:
             self._counters.add_restart()
-        self._spin_s = 0.0 if startup.on_cpu else _SPIN_S
+        self._spin_s = 0.0 if startup.on_cpu else timeouts.TRAINER_SPIN_S
         self._client = SchedulerClient(rank, self._process, startup.rendezvous, self._timeout_s)
         self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s, self._device)
         self._requests = AsyncRequests(self._client, self._tokenizer, self._timeout_s, self._counters.add_sequences)
@@ -134,11 +131,6 @@ class SpmdEngine(LeaderCalls):
     def weight_version(self) -> int:
         """Number of weight updates committed so far; 0 is what SGLang loaded at the start."""
         return self._weight_version
-
-    @property
-    def sleeping(self) -> tuple[str, ...]:
-        """Tags of the memory that is released now."""
-        return self._sleeping
 
     @property
     def tokenizer(self) -> Any:
@@ -328,65 +320,6 @@ class SpmdEngine(LeaderCalls):
         with self._client.collective("weight_checksums") as call:
             return call.finish(WeightChecksums(), Checksums).by_name
 
-    # ---- memory ----
-
-    def release_memory_occupation(self, tags: Sequence[str] | None = None) -> None:
-        """Give memory of the engine back to the device. When this returns, it is free on all ranks of the replica.
-
-        Needs `enable_memory_saver=True`. Addresses stay, so CUDA graphs and plans of weight updates stay valid. What
-        the engine has mapped of the trainer's memory is closed, so that the trainer can free it, too, unless the engine
-        was made with `keep_mapped=True`.
-
-        Args:
-            tags: of "weights", "kv_cache" and "cuda_graph" those to release; None for all that are awake. The contents
-                of the weights are gone, and `generate` refuses until the next update, unless the engine was made with
-                `enable_weights_cpu_backup=True`. The prefix cache is dropped with the KV cache. SGLang captures CUDA
-                graphs into memory that can be released only if the environment has SGLANG_MEMORY_SAVER_CUDA_GRAPH=1
-                (which excludes its breakable prefill graphs); else releasing them frees nothing.
-
-        Raises:
-            MemoryOccupationError: an unknown tag, one that is released already, or no memory saver; nothing was
-                released, and the engine stays usable.
-            CollectiveMismatchError, EngineBusyError: the engine stays usable.
-            SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
-        """
-        self._change_occupation("release_memory_occupation", ReleaseMemory, tags)
-
-    def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> None:
-        """Take memory again that was released. When this returns, all ranks of the replica have it.
-
-        To keep the peak low, wake in stages: resume "weights", `update_weights`, free the trainer's copy (it is mapped
-        by the engine until the next call of this method), then resume the rest.
-
-        Args:
-            tags: those to resume, in any order; None for all that sleep.
-
-        Raises:
-            MemoryOccupationError: an unknown tag, one that is not released, or too little free memory on some rank;
-                nothing was resumed, and the engine stays usable.
-            CollectiveMismatchError, EngineBusyError: the engine stays usable.
-            SchedulerDiedError, SchedulerError, CollectiveTimeoutError: the engine is closed.
-        """
-        self._change_occupation("resume_memory_occupation", ResumeMemory, tags)
-
-    def sleep(self) -> None:
-        """Release all memory that can be released: `release_memory_occupation()`."""
-        self.release_memory_occupation()
-
-    def wake_up(self) -> None:
-        """Resume all memory that is released: `resume_memory_occupation()`. Staged, it has a lower peak."""
-        self.resume_memory_occupation()
-
-    def _change_occupation(
-        self, name: str, body: type[ReleaseMemory] | type[ResumeMemory], tags: Sequence[str] | None
-    ) -> None:
-        if not self._keeps_mapped:
-            self._updates.forget_places()
-        with self._client.collective(name) as call:
-            now = call.finish(body(_check_tags(tags)), Occupation)
-        self._sleeping, self._memory = now.sleeping, now.memory
-        self._log(logging.DEBUG, name, f"now asleep: {list(now.sleeping)}", sleeping=now.sleeping, memory=now.memory)
-
     # ---- life ----
 
     def restart(self) -> None:
@@ -420,18 +353,3 @@ class SpmdEngine(LeaderCalls):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
-
-
-def _check_tags(tags: Sequence[str] | None) -> list[str] | None:
-    """The tags, each once and sorted.
-
-    Raises:
-        MemoryOccupationError: there is none, or one of them is unknown.
-    """
-    if tags is None:
-        return None
-    given = [tags] if isinstance(tags, str) else list(tags)
-    unknown = [tag for tag in given if tag not in MEMORY_TAGS]
-    if unknown or not given or isinstance(tags, str):
-        raise MemoryOccupationError(f"tags must be None or a list of some of {list(MEMORY_TAGS)}, got {tags!r}")
-    return sorted(set(given))

@@ -15,11 +15,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from spmd_engine.control import codec
+from spmd_engine.control import codec, timeouts
 
 _HEADER = struct.Struct("<Q")
-# Longest pause inside a message: it is written as fast as it is read.
-_REST_S = 60.0
 In = TypeVar("In")
 
 
@@ -177,9 +175,9 @@ class Channel(Generic[In]):
                 count = self.sock.recv_into(view)
             except BlockingIOError:
                 try:
-                    self._poll(select.POLLIN, time.monotonic() + _REST_S, "")
+                    self._poll(select.POLLIN, time.monotonic() + timeouts.MESSAGE_PAUSE_S, "")
                 except ChannelTimeout:
-                    raise ChannelClosed(f"nothing came for {_REST_S:.0f} s inside a message") from None
+                    raise ChannelClosed(f"nothing came for {timeouts.MESSAGE_PAUSE_S:.0f} s inside a message") from None
                 continue
             if count == 0:
                 raise ChannelClosed("end of stream inside a message")

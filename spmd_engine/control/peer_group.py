@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from spmd_engine.control import codec
+from spmd_engine.control import codec, timeouts
 from spmd_engine.control.channel import spin
 from spmd_engine.control.framing import frame, recv_frame
 from spmd_engine.control.messages import GroupAddress
@@ -26,10 +26,13 @@ from spmd_engine.errors import ErrorReport
 M = TypeVar("M")
 
 _HELLO_LIMIT = 4096
-_HELLO_S = 5.0
-# A node that is cut off closes nothing. The kernel asks an idle peer after so long whether it is there, so often and so
-# many times (tcp(7)): 10 s until it counts as gone. It answers for a process that is busy or stopped, too.
-_KEEPALIVE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
+# In milliseconds the kernel's own limit for data that is not acknowledged (tcp(7)); the others in seconds.
+_KEEPALIVE = {
+    "TCP_KEEPIDLE": timeouts.KEEPALIVE_IDLE_S,
+    "TCP_KEEPINTVL": timeouts.KEEPALIVE_INTERVAL_S,
+    "TCP_KEEPCNT": timeouts.KEEPALIVE_COUNT,
+    "TCP_USER_TIMEOUT": timeouts.CUT_OFF_S * 1000,
+}
 _CUT_OFF = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 #: A file descriptor, and what is called whenever it is readable.
 Beside = tuple[int, Callable[[], None]]
@@ -210,7 +213,7 @@ class PeerGroup:
                     missing = [r for r in self.ranks[1:] if r not in self.data]
                     raise PeerTimeout(missing[0], timeout_s) from None
                 # A stranger that connects and says nothing, or a byte now and then, must not hold up the members.
-                hello_by = min(deadline, time.monotonic() + _HELLO_S)
+                hello_by = min(deadline, time.monotonic() + timeouts.HELLO_S)
                 try:
                     hello = codec.decode(recv_frame(sock, limit=_HELLO_LIMIT, deadline=hello_by), _Hello)
                     is_known = hmac.compare_digest(hello.token.encode(), address.token.encode())
@@ -352,7 +355,7 @@ class PeerGroup:
         for member, sock in list(self.alarms.items()):
             if member != skip:
                 try:
-                    sock.settimeout(1.0)
+                    sock.settimeout(timeouts.ALARM_S)
                     sock.sendall(data)
                 except OSError:
                     continue
@@ -364,7 +367,7 @@ class PeerGroup:
         Raises:
             EOFError, OSError, ValueError, codec.DecodeError: nothing that could be understood.
         """
-        sock.settimeout(1.0)
+        sock.settimeout(timeouts.ALARM_S)
         news: News = codec.decode(recv_frame(sock), News)
         return news
 

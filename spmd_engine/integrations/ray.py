@@ -27,14 +27,9 @@ try:
 except ImportError as error:
     raise ImportError(f"spmd_engine.integrations.ray needs Ray: pip install ray ({error})") from error
 
+from spmd_engine.control import timeouts
 from spmd_engine.errors import CollectiveTimeoutError, ConfigError, EngineClosedError
 from spmd_engine.integrations.causes import RankFailure, as_error, first_cause
-
-_POLL_S = 1.0
-# Longer than the engine takes to notice a node that is cut off, and to look for the cause.
-_GRACE_S = 20.0
-# Enough for the other ranks to say what they think of it, once the cause itself is known.
-_AFTERMATH_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,9 @@ def place_ranks(
     group = ray.util.placement_group([bundle] * nnodes, strategy="STRICT_SPREAD")
     try:
         deadline = time.monotonic() + timeout_s
-        while not group.wait(max(0.0, min(_POLL_S, deadline - time.monotonic()))):  # Ctrl-C waits for its return
+        while not group.wait(
+            max(0.0, min(timeouts.RAY_POLL_S, deadline - time.monotonic()))
+        ):  # Ctrl-C waits for its return
             if time.monotonic() > deadline:
                 raise ConfigError(_no_room(bundle, nnodes, timeout_s))
         return Placement(group, _by_address(group), nnodes, ranks_per_node, gpus_per_rank, cpus_per_rank)
@@ -160,7 +157,7 @@ class RankGroup:
         backend: str | None = None,
         env: Mapping[str, str] | None = None,
         timeout_s: float = 600.0,
-        grace_s: float = _GRACE_S,
+        grace_s: float = timeouts.RAY_GRACE_S,
         **kwargs: Any,
     ) -> None:
         self.placement = placement
@@ -240,7 +237,7 @@ class RankGroup:
         failures: list[RankFailure] = []
         deadline = time.monotonic() + timeout_s
         while pending and (left_s := deadline - time.monotonic()) > 0:
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=min(_POLL_S, left_s))
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=min(timeouts.RAY_POLL_S, left_s))
             for ref in done:
                 rank = pending.pop(ref)
                 outcome = self._outcome(rank, ref)
@@ -248,7 +245,7 @@ class RankGroup:
                     values[rank] = outcome
                     continue
                 failures.append(outcome)
-                grace_s = min(self._grace_s, _AFTERMATH_S if first_cause(failures).is_own else math.inf)
+                grace_s = min(self._grace_s, timeouts.RAY_AFTERMATH_S if first_cause(failures).is_own else math.inf)
                 deadline = min(deadline, time.monotonic() + grace_s)
         if failures:
             error = as_error(what, failures, len(refs))

@@ -11,16 +11,12 @@ import time
 import traceback
 from typing import Any
 
+from spmd_engine.control import timeouts
 from spmd_engine.control.channel import Channel
 from spmd_engine.control.messages import FOR_THE_TRAINER, PROTOCOL, Ready, Start, ToScheduler
 from spmd_engine.control.peer_group import PeerGone, PeerGroup, PeerTimeout
 from spmd_engine.errors import ErrorReport, SpmdEngineError
 from spmd_engine.scheduler.watchdog import Watchdog
-
-# When a peer dies, SGLang's collectives raise here at the same time as the watchdog hears of the cause.
-_CAUSE_GRACE_S = 2.0
-# Of a node that is cut off some ranks hear a few seconds before others.
-_CAUSE_GRACE_OVER_NODES_S = 8.0
 
 
 class _LossyFile(io.FileIO):
@@ -41,7 +37,7 @@ def main() -> None:
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
     channel = Channel[ToScheduler](sock, ToScheduler)
-    start, _ = channel.recv(60.0)
+    start, _ = channel.recv(timeouts.FIRST_MESSAGE_S)
     if not isinstance(start, Start) or start.protocol != PROTOCOL:
         raise SystemExit(f"expected Start of protocol {PROTOCOL}, got {start!r}")
     watchdog = Watchdog(
@@ -59,7 +55,7 @@ def main() -> None:
         watchdog.die(ErrorReport(type(error).__name__, str(error), start.rank))
     except BaseException as error:
         traceback.print_exc()
-        time.sleep(_CAUSE_GRACE_S if start.nnodes == 1 else _CAUSE_GRACE_OVER_NODES_S)
+        time.sleep(timeouts.CAUSE_FIRST_S if start.nnodes == 1 else timeouts.CAUSE_FIRST_OVER_NODES_S)
         where = traceback.extract_tb(error.__traceback__)[-1]
         watchdog.die(
             ErrorReport(

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
+from spmd_engine.control import timeouts
 from spmd_engine.control.channel import Channel, ChannelClosed
 from spmd_engine.control.generation import Increment
 from spmd_engine.control.messages import (
@@ -38,8 +39,6 @@ from spmd_engine.scheduler.outputs import Outputs
 from spmd_engine.scheduler.step_commands import StepCommands
 from spmd_engine.scheduler.weights import WeightsKeeper
 
-_LONGEST_SILENCE_S = 1.0
-
 
 class AsyncRequests:
     """The requests that the trainer of the first rank has submitted.
@@ -59,7 +58,7 @@ class AsyncRequests:
         self._next = StepCommands()
         self._later: list[Submit] = []  # they came behind a collective call, or while all stand still
         self._wants_resume = False
-        self._sign_s = min(_LONGEST_SILENCE_S, start.timeout_s / 4)
+        self._sign_s = min(timeouts.LONGEST_SILENCE_S, start.timeout_s / 4)
         self._next_sign, self._steps_then = 0.0, -1
         self._reports: queue.SimpleQueue[Increment | Progress | Refused | PauseState | Parsed] = queue.SimpleQueue()
         self._finder = FunctionCallFinder(self._reports.put, start.rank)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from spmd_engine.control import timeouts
 from spmd_engine.control.agreement import AllGather
 from spmd_engine.control.calls import (
     CallBody,
@@ -28,8 +29,6 @@ from spmd_engine.control.messages import Start
 from spmd_engine.errors import MEMORY_TAGS, AsleepError, MemoryOccupationError, SpmdEngineError
 from spmd_engine.scheduler.adapter import memory as sglang_memory
 
-# How long other replicas may take to close what they have mapped of memory that a trainer has freed.
-_OTHERS_S = 3.0
 # Calls that need the weights alone.
 _OF_WEIGHTS = (UpdateWeights, Explain, WeightChecksums)
 # The order in which SGLang's own handlers release; they resume in the opposite one.
@@ -170,7 +169,7 @@ class MemoryKeeper:
     def _check_free(self, tags: list[str], gather: AllGather) -> None:
         """Refuse, on all ranks, what the memory saver of one would end its process for."""
         needed, free = sum(self._freed[tag] for tag in tags), self._free_bytes()
-        deadline = time.monotonic() + _OTHERS_S
+        deadline = time.monotonic() + timeouts.OTHERS_UNMAP_S
         while free < needed and time.monotonic() < deadline:  # other replicas may still map what this trainer freed
             time.sleep(0.02)
             free = self._free_bytes()

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
-from spmd_engine.control import codec
+from spmd_engine.control import codec, timeouts
 from spmd_engine.control.agreement import AllGather, Announcement, verdict
 from spmd_engine.control.calls import Answer, Generated, Meet, Refuse, UpdateWeights
 from spmd_engine.control.channel import Channel, ChannelClosed
@@ -48,10 +48,6 @@ from spmd_engine.scheduler.watchdog import Watchdog
 from spmd_engine.scheduler.weights import NO_NEWS, UpdateNews, WeightsKeeper
 
 M = TypeVar("M")
-
-_DEPARTURE_GRACE_S = 1.0
-# On a GPU machine, where cores are many: ranks reach an update, and finish it, within a few milliseconds.
-_SPIN_S = 0.005
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -87,7 +83,7 @@ class Receiver:
         self._either = select.poll()  # on members: the trainer, or the root
         for fd in (channel.fileno(), *(sock.fileno() for sock in replica.data.values())):
             self._either.register(fd, select.POLLIN)
-        self._spin_s = 0.0 if start.on_cpu else _SPIN_S
+        self._spin_s = 0.0 if start.on_cpu else timeouts.SCHEDULER_SPIN_S
         self._running: Call | None = None  # a rollout
         self._pending: Call | None = None  # a collective call that has come and has not begun
         self._is_coming = False  # a weight update, at once
@@ -228,7 +224,7 @@ class Receiver:
 
     def _has_departed(self, rank: int) -> bool:
         """Whether a rank whose connection is closed has shut its engine down: it says so on another way."""
-        deadline = time.monotonic() + _DEPARTURE_GRACE_S
+        deadline = time.monotonic() + timeouts.GOODBYE_S
         while rank not in self._watchdog.departed and time.monotonic() < deadline:
             time.sleep(0.01)
         return rank in self._watchdog.departed

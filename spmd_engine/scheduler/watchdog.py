@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from spmd_engine.control import timeouts
 from spmd_engine.control.channel import Channel, ChannelClosed, ChannelTimeout
 from spmd_engine.control.codec import DecodeError
 from spmd_engine.control.messages import Failed, ToScheduler
@@ -117,7 +118,7 @@ class Watchdog(threading.Thread):
             for group in self._groups:
                 group.alarm(Alarm(error))
         with contextlib.suppress(ChannelClosed, ChannelTimeout):
-            self._channel.send(Failed(error), timeout_s=2.0)
+            self._channel.send(Failed(error), timeout_s=timeouts.LAST_WORDS_S)
         print(f"[spmd_engine] rank {self.rank} ends: {error.kind}: {error.message}", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -15,16 +15,16 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from spmd_engine.control import timeouts
 from spmd_engine.control.generation import FunctionCall, GenerateOutput, GenerateRequest
 from spmd_engine.control.messages import Abort, ParseCalls, Parsed, PauseState, Progress, Refused, Submit, Submits
 from spmd_engine.errors import CollectiveTimeoutError, InvalidRequestError, SpmdEngineError
 from spmd_engine.trainer import requests as req
+from spmd_engine.trainer.failures import copy_of
 from spmd_engine.trainer.requests import TextStream
-from spmd_engine.trainer.scheduler_client import SchedulerClient, copy_of
+from spmd_engine.trainer.scheduler_client import SchedulerClient
 from spmd_engine.trainer.sequences import RunningSequence
 
-_LIVENESS_S = 1.0
-_NEXT_LOOK_S = 0.01
 _OUTBOX_LIMIT = 64
 
 
@@ -264,7 +264,7 @@ class AsyncRequests:
         ):
             self._fd = self._client.fileno()
             self._loop.add_reader(self._fd, self._readable)
-            self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
+            self._timer = self._loop.call_later(timeouts.LIVENESS_S, self._check_progress)
             self._is_watching = True
 
     def _unwatch(self) -> None:
@@ -280,7 +280,7 @@ class AsyncRequests:
                 self._unwatch()  # a call in another thread reads, and passes on what it finds
                 self._heard = time.monotonic()
                 assert self._loop is not None
-                self._loop.call_later(_NEXT_LOOK_S, self._watch)
+                self._loop.call_later(timeouts.NEXT_LOOK_S, self._watch)
         self._drain()
 
     def _check_progress(self) -> None:
@@ -293,7 +293,7 @@ class AsyncRequests:
             with contextlib.suppress(CollectiveTimeoutError):
                 self._client.fail_if_idle(error)
         if self._is_watching and self._loop is not None:
-            self._timer = self._loop.call_later(_LIVENESS_S, self._check_progress)
+            self._timer = self._loop.call_later(timeouts.LIVENESS_S, self._check_progress)
 
     def _drain(self) -> None:
         """Take what has come, in the thread of the event loop."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from spmd_engine.control import timeouts
 from spmd_engine.control.channel import Channel, ChannelClosed, ChannelTimeout
 from spmd_engine.control.messages import FOR_THE_TRAINER, Packing, Shutdown, Start, ToTrainer
 
@@ -25,7 +26,6 @@ LOG_TAIL_BYTES = 4000
 # How a process that crashes begins; stacks of all its threads, and a list of all its modules, follow.
 _CRASHES = ("terminate called", "Fatal Python error")
 _CRASH_BYTES = 64 << 10
-_KILL_S = 30.0
 
 
 class ProcessDied(Exception):
@@ -164,7 +164,7 @@ class SchedulerProcess:
             self.wait(grace_s)
         if self._popen.poll() is None:
             self._popen.kill()
-        if self.wait(_KILL_S) is None:
+        if self.wait(timeouts.KILL_S) is None:
             logger.error("rank %d: scheduler process %d does not end: it hangs in the kernel", self.rank, self.pid)
         shutil.rmtree(self._scratch, ignore_errors=True)
         self.channel.close()

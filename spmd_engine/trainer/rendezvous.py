@@ -24,13 +24,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from spmd_engine.control import peer_group
+from spmd_engine.control import peer_group, timeouts
 from spmd_engine.control.messages import GroupAddress
 from spmd_engine.errors import CollectiveTimeoutError, ConfigError, ErrorReport, SchedulerDiedError
 
 _SIOCGIFADDR = 0x8915
-_POLL_S = 0.005
-_STORE_S = 5.0
 # How many meetings of each name there were in a store.
 _counters: weakref.WeakKeyDictionary[dist.Store, dict[str, int]] = weakref.WeakKeyDictionary()
 
@@ -173,11 +171,11 @@ class Rendezvous:
             outcome = self._decide({"met": True})
         except BaseException as error:
             gives_up = {"met": False, "kind": type(error).__name__, "message": str(error), "rank": self.rank}
-            outcome = bounded(lambda: self._decide(gives_up), timeout_s=_STORE_S)
+            outcome = bounded(lambda: self._decide(gives_up), timeout_s=timeouts.STORE_S)
             if not outcome or outcome.get("rank") == self.rank or not isinstance(error, CollectiveTimeoutError):
                 raise
             if outcome["met"]:  # the others have found all of them meanwhile
-                notes = self._gather(_STORE_S, lambda: None)
+                notes = self._gather(timeouts.STORE_S, lambda: None)
         finally:
             self._counters[self._name] = self._number + 1
         self._raise_if_given_up(outcome)
@@ -208,7 +206,7 @@ class Rendezvous:
                         f"rank {self.rank} waited {timeout_s:.0f} s for rank {rank}, which did not make the same "
                         f"call over ranks {list(self.ranks)}; every rank of the mesh must make it"
                     )
-                time.sleep(_POLL_S)
+                time.sleep(timeouts.MEETING_POLL_S)
             notes.append(found)
         return notes
 
@@ -217,7 +215,7 @@ class Rendezvous:
         self._number = number
         self._counters[self._name] = number + 1
         reason = {"met": False, "kind": type(error).__name__, "message": str(error), "rank": self.rank}
-        bounded(lambda: self._decide(reason), timeout_s=_STORE_S)
+        bounded(lambda: self._decide(reason), timeout_s=timeouts.STORE_S)
 
     def meet(
         self, note: dict[str, Any], *, timeout_s: float, watch: Callable[[], None], number: int | None = None

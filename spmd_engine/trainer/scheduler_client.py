@@ -9,28 +9,22 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TypeVar
 
+from spmd_engine.control import timeouts
 from spmd_engine.control.calls import Answer, AnyCall, Meet, Met, Refuse
 from spmd_engine.control.channel import ChannelTimeout
 from spmd_engine.control.messages import Call, Failed, Phase, Ready, Reply
-from spmd_engine.errors import CollectiveTimeoutError, EngineClosedError, SchedulerDiedError, SpmdEngineError
+from spmd_engine.errors import CollectiveTimeoutError, EngineClosedError, SpmdEngineError
 from spmd_engine.trainer import tracing
+from spmd_engine.trainer.failures import Failures, copy_of
 from spmd_engine.trainer.process import ProcessDied, SchedulerProcess
-from spmd_engine.trainer.rendezvous import Rendezvous, bounded
+from spmd_engine.trainer.rendezvous import Rendezvous
 
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
-
-# The scheduler process times out by itself first, with more to say; this is for one that hangs.
-_REPLY_MARGIN_S = 5.0
-_STOP_GRACE_S = 5.0
-# How long to look for a better explanation of a failure, which another rank may have.
-_CAUSE_S = 3.0
-_LOOK_S = 0.5
 
 
 class CollectiveCall:
@@ -125,7 +119,8 @@ class SchedulerClient:
     def __init__(self, rank: int, process: SchedulerProcess, rendezvous: Rendezvous, timeout_s: float) -> None:
         self.seq = 0
         self.timeout_s = timeout_s
-        self._rank, self._process, self._rendezvous = rank, process, rendezvous
+        self._rank, self._process = rank, process
+        self._failures = Failures(rank, process, rendezvous)
         self._lock = threading.Lock()  # of whoever reads the channel: a call, or `poll`
         self._calls = 0  # that run, or wait for one that does
         self._count_lock = threading.Lock()
@@ -174,7 +169,7 @@ class SchedulerClient:
                     if isinstance(error, CollectiveTimeoutError):
                         self.fail(error)
                     if isinstance(error, ChannelTimeout):
-                        self.fail(self._no_answer(name, self.timeout_s))
+                        self.fail(self._failures.no_answer(name, self.timeout_s))
                     call.refuse(error)
                     raise
             except BaseException as error:
@@ -200,7 +195,7 @@ class SchedulerClient:
             return isinstance(heard, Reply) and heard.seq == call.seq
 
         self._send(message, call.name)
-        reply = self.receive(hear, self.timeout_s + _REPLY_MARGIN_S, call.name, spin_s=spin_s)
+        reply = self.receive(hear, self.timeout_s + timeouts.REPLY_MARGIN_S, call.name, spin_s=spin_s)
         assert isinstance(reply, Reply)
         return reply
 
@@ -219,7 +214,9 @@ class SchedulerClient:
     def await_ready(self) -> Ready:
         """Wait until the scheduler process serves."""
         try:
-            ready = self.receive(lambda message: isinstance(message, Ready), self.timeout_s, "start", look_s=_LOOK_S)
+            ready = self.receive(
+                lambda message: isinstance(message, Ready), self.timeout_s, "start", look_s=timeouts.LOOK_S
+            )
             assert isinstance(ready, Ready)
             return ready
         except BaseException as error:
@@ -240,7 +237,7 @@ class SchedulerClient:
         try:
             self._process.send(message)
         except ChannelTimeout:
-            self.fail(self._no_answer(phase, self.timeout_s))
+            self.fail(self._failures.no_answer(phase, self.timeout_s))
 
     def fileno(self) -> int:
         """Readable when something has come from the process."""
@@ -267,9 +264,9 @@ class SchedulerClient:
             try:
                 message = self._process.recv(timeout_s=0.0)
             except ProcessDied:
-                self.fail(self._own_death(phase))
+                self.fail(self._failures.own_death(phase))
             if isinstance(message, Failed):
-                self.fail(self._peer_failure(message))
+                self.fail(self._failures.peer_failure(message))
             take(message)
 
     def _interrupted(self, kind: str, error: BaseException) -> None:
@@ -278,7 +275,7 @@ class SchedulerClient:
         self._dead = EngineClosedError(f"{cause}; call restart(), or make a new SpmdEngine")
         self.on_end(self._dead)
         try:
-            bounded(lambda: self._rendezvous.post(f"died/{self._rank}", {"cause": cause}), timeout_s=_CAUSE_S)
+            self._failures.post("died", {"cause": cause})
         finally:
             self._process.stop(grace_s=0.0)
             self._finalizer.detach()
@@ -299,14 +296,15 @@ class SchedulerClient:
             try:
                 message = self._process.recv(timeout_s=min(left_s, look_s), spin_s=spin_s)
             except ProcessDied:
-                self.fail(self._own_death(phase))
+                self.fail(self._failures.own_death(phase))
             except ChannelTimeout:
                 if left_s <= look_s:
-                    self.fail(self._no_answer(phase, timeout_s))
-                self._check_others(phase)
+                    self.fail(self._failures.no_answer(phase, timeout_s))
+                if (error := self._failures.death_of_others(phase)) is not None:
+                    self.fail(error)
                 continue
             if isinstance(message, Failed):
-                self.fail(self._peer_failure(message))
+                self.fail(self._failures.peer_failure(message))
             if wanted(message):
                 return message
             self.on_message(message)
@@ -316,63 +314,12 @@ class SchedulerClient:
         if self._dead is None:
             self._dead = EngineClosedError(f"the engine of rank {self._rank} was shut down; make a new SpmdEngine")
             self.on_end(self._dead)
-            self._process.stop(grace_s=_STOP_GRACE_S)
+            self._process.stop(grace_s=timeouts.STOP_S)
             self._finalizer.detach()
 
     def check_failed(self) -> None:
         """Raise if the scheduler process has ended or reported a failure meanwhile."""
         self._take_all(self.on_message, "update_weights")
-
-    def _own_death(self, phase: str) -> SchedulerDiedError:
-        status = self._process.wait(5.0)
-        report = {"exit_status": status, "log_tail": self._process.log_tail()}
-        bounded(lambda: self._rendezvous.post(f"died/{self._rank}", report), timeout_s=_CAUSE_S)
-        return _died(self._rank, f"the scheduler process of rank {self._rank} ended during {phase}", report)
-
-    def _check_others(self, phase: str) -> None:
-        """Raise if the process of another rank has died: until they are linked, the processes do not notice it."""
-        for rank in self._rendezvous.ranks:
-            if rank != self._rank:
-                report = bounded(partial(self._rendezvous.poll, f"died/{rank}"), timeout_s=_CAUSE_S)
-                if report is not None:
-                    self.fail(_died(rank, f"the scheduler process of rank {rank} ended during {phase}", report))
-
-    def _peer_failure(self, message: Failed) -> SpmdEngineError:
-        error = message.error.to_exception()
-        if isinstance(error, SchedulerDiedError):
-            rank = error.rank
-            report = bounded(lambda: _await_key(self._rendezvous, f"died/{rank}", _CAUSE_S), timeout_s=_CAUSE_S)
-            return _died(rank, str(error), report or {})
-        return error
-
-    def _no_answer(self, phase: str, timeout_s: float) -> CollectiveTimeoutError:
-        """Why a scheduler process says nothing: it, or one that it waits for, is stopped; or it is not known."""
-        mine = {"is_stopped": self._process.is_stopped(), "pid": self._process.pid}
-        bounded(lambda: self._rendezvous.post(f"hung/{self._rank}", mine), timeout_s=_CAUSE_S)
-        reports = {self._rank: mine}
-        if not mine["is_stopped"]:  # this rank's process may wait for another one, whose rank finds out about now
-            reports.update(bounded(self._reports_of_others, timeout_s=2 * _CAUSE_S) or {})
-        stopped = [(rank, report["pid"]) for rank, report in reports.items() if report["is_stopped"]]
-        cause = "".join(f"; that of rank {rank} (pid {pid}) is stopped (SIGSTOP, a debugger)" for rank, pid in stopped)
-        return CollectiveTimeoutError(
-            f"rank {self._rank}: its scheduler process (pid {self._process.pid}) gave no answer to {phase} within "
-            f"{timeout_s:.0f} s{cause}. End of its log:\n{self._process.log_tail()}"
-        )
-
-    def _reports_of_others(self) -> dict[int, dict[str, Any]]:
-        """What the other ranks say of their processes, until one of them is stopped, or all have."""
-        missing = {rank for rank in self._rendezvous.ranks if rank != self._rank}
-        reports: dict[int, dict[str, Any]] = {}
-        deadline = time.monotonic() + _CAUSE_S
-        while missing and time.monotonic() < deadline:
-            for rank in sorted(missing):
-                if (report := self._rendezvous.poll(f"hung/{rank}")) is not None:
-                    reports[rank] = report
-                    missing.discard(rank)
-                    if report["is_stopped"]:
-                        return reports
-            time.sleep(0.02)
-        return reports
 
     def fail(self, error: SpmdEngineError) -> NoReturn:
         """End the process, and raise `error`, now and at every later call; the first error if it has ended already."""
@@ -407,28 +354,3 @@ class SchedulerClient:
         self.check_owner()
         if self._dead is not None:
             raise copy_of(self._dead)
-
-
-def copy_of(error: Exception) -> Exception:
-    """One more of the same kind: an exception that several raise would collect the tracebacks of all of them."""
-    copy = type(error)(*error.args)
-    vars(copy).update(vars(error))
-    return copy
-
-
-def _died(rank: int, what: str, report: Mapping[str, Any]) -> SchedulerDiedError:
-    status, tail = report.get("exit_status"), str(report.get("log_tail", ""))
-    how = "" if status is None else f" ({'signal ' + str(-status) if status < 0 else 'exit status ' + str(status)})"
-    text = f"{what}{how}"
-    if "cause" in report:
-        text += f": {report['cause']}"
-    if tail:
-        text += f". End of its log:\n{tail}"
-    return SchedulerDiedError(text, rank=rank, exit_status=status, log_tail=tail)
-
-
-def _await_key(rendezvous: Rendezvous, key: str, timeout_s: float) -> dict[str, Any] | None:
-    deadline = time.monotonic() + timeout_s
-    while (found := rendezvous.poll(key)) is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return found

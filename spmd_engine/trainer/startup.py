@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from spmd_engine.control import peer_group
+from spmd_engine.control import peer_group, timeouts
 from spmd_engine.control.digest import digest
 from spmd_engine.control.messages import PROTOCOL, GroupAddress, Start
 from spmd_engine.errors import CollectiveMismatchError, ConfigError
@@ -31,9 +31,6 @@ _OWN_ARGS = {
     "nnodes", "node_rank", "dist_init_addr", "nccl_port", "host", "port", "base_gpu_id", "gpu_id_step",
     "tokenizer_worker_num",
 }  # fmt: skip
-_MAX_S = 2_000_000  # poll(2) counts milliseconds in 32 bits
-_REFUSAL_S = 60.0
-_POST_S = 3.0
 # A Unix socket's name has 107 bytes; those of torch's symmetric memory take up to 17 below the directory.
 _LONGEST_SCRATCH = 90
 _ONLY_ONE = ("dp_size", "pp_size")
@@ -113,7 +110,7 @@ class Startup:
         self._ranks, self._rank = ranks, rank
         self._given_timeout = timeout_s
         # Also if it is refused: the other ranks must hear of that.
-        self._timeout_s = timeout_s if _is_timeout(timeout_s) else _REFUSAL_S
+        self._timeout_s = timeout_s if _is_timeout(timeout_s) else timeouts.REFUSED_TIMEOUT_S
         self.weight_version, self._is_restart, self._keeps_mapped = weight_version, is_restart, keeps_mapped
         self.device = device
         self._preload = ""
@@ -174,7 +171,9 @@ class Startup:
             yield
         except Exception as error:
             cause = f"it could not be started: {type(error).__name__}: {error}"
-            bounded(lambda: self.rendezvous.post(f"died/{self._rank}", {"cause": cause}), timeout_s=_POST_S)
+            bounded(
+                lambda: self.rendezvous.post(f"died/{self._rank}", {"cause": cause}), timeout_s=timeouts.EXPLANATION_S
+            )
             raise ConfigError(f"the scheduler process of rank {self._rank} has a problem: {cause}") from error
 
     def _check(self) -> None:
@@ -183,7 +182,10 @@ class Startup:
         if looks_local and not os.path.exists(self._model_path):
             raise ConfigError(f"model path {self._model_path!r} does not exist on this host")
         if not _is_timeout(self._given_timeout):
-            raise ConfigError(f"timeout_s must be above 0 and at most {_MAX_S} seconds, got {self._given_timeout!r}")
+            raise ConfigError(
+                f"timeout_s must be above 0 and at most {timeouts.LONGEST_TIMEOUT_S} seconds, "
+                f"got {self._given_timeout!r}"
+            )
         args, tp_size = self._server_args, len(self._ranks)
         for name in sorted(_OWN_ARGS & args.keys()):
             raise ConfigError(f"{name}= is set by SpmdEngine from the device mesh; leave it out")
@@ -282,7 +284,7 @@ def _gpus_by_node(ranks: tuple[int, ...], notes: Sequence[Mapping[str, Any]]) ->
 
 
 def _is_timeout(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 < value <= _MAX_S
+    return isinstance(value, (int, float)) and 0 < value <= timeouts.LONGEST_TIMEOUT_S
 
 
 def _close_listener(address: GroupAddress) -> None:

@@ -21,18 +21,14 @@ import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 
-from spmd_engine.control import codec
+from spmd_engine.control import codec, timeouts
 from spmd_engine.control.framing import frame, recv_frame
 
 logger = logging.getLogger(__name__)
 
 #: Descriptors in one message; the kernel allows 253.
 BATCH = 64
-#: How long each step of the other side may take by default, in seconds.
-TIMEOUT_S = 60.0
-_HELLO_TIMEOUT_S = 5.0
 _HELLO_LIMIT = 4096
-_RETRY_S = 0.005
 _SPARE_DESCRIPTORS = 512
 _MORE, _GOT = b"D", b"A"
 _GONE = "the other process is gone, or refused"
@@ -43,7 +39,7 @@ class PassingError(Exception):
     """Descriptors did not arrive: the other side is gone, too slow, or refuses."""
 
 
-def send_batch(sock: socket.socket, descriptors: Sequence[int], *, timeout_s: float = TIMEOUT_S) -> None:
+def send_batch(sock: socket.socket, descriptors: Sequence[int], *, timeout_s: float = timeouts.DESCRIPTORS_S) -> None:
     """Send up to `BATCH` descriptors and wait until they have arrived. They stay open here.
 
     Raises:
@@ -60,7 +56,7 @@ def send_batch(sock: socket.socket, descriptors: Sequence[int], *, timeout_s: fl
                 # All processes of this user have too many descriptors in flight; they will arrive.
                 if error.errno != errno.ETOOMANYREFS or time.monotonic() > deadline:
                     raise
-                time.sleep(_RETRY_S)
+                time.sleep(timeouts.DESCRIPTORS_RETRY_S)
         answer = sock.recv(1)
     except OSError as error:
         raise PassingError(f"{len(descriptors)} descriptors were not taken: {_reason(error, timeout_s)}") from error
@@ -68,7 +64,7 @@ def send_batch(sock: socket.socket, descriptors: Sequence[int], *, timeout_s: fl
         raise PassingError(f"{len(descriptors)} descriptors were not taken: {_GONE}")
 
 
-def receive_batch(sock: socket.socket, *, timeout_s: float = TIMEOUT_S) -> list[int]:
+def receive_batch(sock: socket.socket, *, timeout_s: float = timeouts.DESCRIPTORS_S) -> list[int]:
     """Receive what one `send_batch` sends. The caller closes the descriptors.
 
     Raises:
@@ -117,7 +113,9 @@ class DescriptorServer:
         address: what `fetch` needs; it holds a secret.
     """
 
-    def __init__(self, descriptors: Mapping[bytes, Sequence[int]], *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, descriptors: Mapping[bytes, Sequence[int]], *, timeout_s: float = timeouts.DESCRIPTORS_S
+    ) -> None:
         self._descriptors, self._timeout_s = dict(descriptors), timeout_s
         self._token = secrets.token_hex(16)
         name = f"spmd-engine-{secrets.token_hex(16)}"
@@ -133,7 +131,9 @@ class DescriptorServer:
         self._thread.start()
 
     @staticmethod
-    def receive(sock: socket.socket, counts: Mapping[bytes, int], *, timeout_s: float = TIMEOUT_S) -> DescriptorServer:
+    def receive(
+        sock: socket.socket, counts: Mapping[bytes, int], *, timeout_s: float = timeouts.DESCRIPTORS_S
+    ) -> DescriptorServer:
         """A server of what comes over `sock` in batches: `counts` descriptors for each name, in that order.
 
         Raises:
@@ -195,7 +195,7 @@ class DescriptorServer:
     def _answer(self, sock: socket.socket) -> None:
         """Serve one process. The others wait meanwhile; it takes milliseconds."""
         _check_same_user(sock)
-        sock.settimeout(min(_HELLO_TIMEOUT_S, self._timeout_s))
+        sock.settimeout(min(timeouts.HELLO_S, self._timeout_s))
         token = codec.decode(recv_frame(sock, limit=_HELLO_LIMIT), str)
         if not hmac.compare_digest(token.encode(), self._token.encode()):
             raise PassingError("it showed a wrong token")
@@ -206,7 +206,7 @@ class DescriptorServer:
 
 
 def fetch(
-    address: str, counts: Mapping[bytes, int], *, timeout_s: float = TIMEOUT_S
+    address: str, counts: Mapping[bytes, int], *, timeout_s: float = timeouts.DESCRIPTORS_S
 ) -> Generator[list[int], None, None]:
     """Ask a `DescriptorServer`, of another process or this one, for descriptors.
 

@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+from spmd_engine.control import timeouts
 from spmd_engine.transfer import fd_passing
 from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError, close_all, fetch, receive_batch, send_batch
 
@@ -212,7 +213,7 @@ def test_strangers_get_nothing_and_hold_nobody_up(server):
         garbage.sendall(b"\xff" * 64)
         assert run_fetcher(server.address, "bb=3").stdout.split() == ["1000", "1001", "1002"]
     with socket.socket(socket.AF_UNIX) as silent, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fd_passing, "_HELLO_TIMEOUT_S", 0.2)
+        patch.setattr(timeouts, "HELLO_S", 0.2)
         silent.connect(f"\0{name}")
         assert run_fetcher(server.address, "bb=3").stdout.split() == ["1000", "1001", "1002"]
 

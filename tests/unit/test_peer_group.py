@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 
-from spmd_engine.control import codec, peer_group
+from spmd_engine.control import codec, timeouts
 from spmd_engine.control.framing import frame
 from spmd_engine.control.messages import GroupAddress
 from spmd_engine.control.peer_group import BroadcastFirst, Goodbye, PeerGone, PeerGroup, PeerTimeout, listen
@@ -91,7 +91,7 @@ def test_a_member_that_never_joins_ends_the_start():
 
 
 def test_strangers_are_turned_away(monkeypatch):
-    monkeypatch.setattr(peer_group, "_HELLO_S", 1.0)
+    monkeypatch.setattr(timeouts, "HELLO_S", 1.0)
     addresses = address((0, 1))
     root: list[PeerGroup] = []
     thread = threading.Thread(target=lambda: root.append(PeerGroup(0, addresses[0], timeout_s=20.0)))

@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
 
+from spmd_engine.control import timeouts
 from spmd_engine.errors import ConfigError, InvalidRequestError
 from spmd_engine.integrations.verl.rollout import on_rollout
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LIVENESS_S = 5.0
 _MAX_CONCURRENCY = 1 << 20
 
 
@@ -145,7 +145,7 @@ class SpmdServer:
                     if not waiting.done():
                         waiting.set_exception(error)
                 return
-            await asyncio.sleep(_LIVENESS_S)
+            await asyncio.sleep(timeouts.VERL_LIVENESS_S)
 
     async def _on_all(self, method: str) -> None:
         await asyncio.gather(*(worker.__ray_call__.remote(on_rollout, method) for worker in self._workers))

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from verl.workers.rollout.base import BaseRollout
 
 from spmd_engine import SpmdEngine
+from spmd_engine.control import timeouts
 from spmd_engine.errors import ConfigError, InvalidRequestError, SpmdEngineError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FSDP = "verl.workers.engine.fsdp."
-_ABORT_S = 60.0
 _TAGS = {"weights": ("weights",), "kv_cache": ("kv_cache", "cuda_graph")}
 
 
@@ -166,7 +166,7 @@ class SpmdRollout(BaseRollout):
         """End all requests with the tokens that they have, and let those that come wait. On the first rank."""
         self.engine.pause()
         if self._loop is not None:
-            asyncio.run_coroutine_threadsafe(self._abort(), self._loop).result(_ABORT_S)
+            asyncio.run_coroutine_threadsafe(self._abort(), self._loop).result(timeouts.VERL_ABORT_S)
 
     async def _abort(self) -> None:
         self.engine.abort()
