@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
-import os
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +28,7 @@ except ImportError as error:
 from spmd_engine.control import timeouts
 from spmd_engine.errors import CollectiveTimeoutError, ConfigError, EngineClosedError
 from spmd_engine.integrations.causes import RankFailure, as_error, first_cause
+from spmd_engine.integrations.ray_actor import Raised, Rank
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class RankGroup:
             placement.group, placement_group_bundle_index=placement.bundles[node]
         )
         return (
-            ray.remote(_Rank)
+            ray.remote(Rank)
             .options(
                 num_cpus=placement.cpus_per_rank,
                 num_gpus=placement.gpus_per_rank,
@@ -267,7 +266,7 @@ class RankGroup:
             return RankFailure(rank, error, self._where[rank], text=str(error))
         except ray.exceptions.RayError as error:
             return RankFailure(rank, error, self._where[rank], is_process_gone=True)
-        if not isinstance(outcome, _Raised):
+        if not isinstance(outcome, Raised):
             return outcome
         try:
             raised = cloudpickle.loads(outcome.pickled)
@@ -308,104 +307,3 @@ class RankGroup:
             self.shutdown()
         else:
             self._end(f"the driver left with {kind.__name__}")
-
-
-@dataclass(frozen=True)
-class _Raised:
-    """An exception of a rank, on its way to the driver. `pickled` may be unreadable there; the texts are not."""
-
-    pickled: bytes
-    summary: str
-    text: str
-
-
-def _raised(error: Exception) -> _Raised:
-    text = traceback.format_exc()
-    error.__traceback__ = None
-    try:
-        pickled = cloudpickle.dumps(error)
-    except Exception:
-        pickled = b""
-    return _Raised(pickled, f"{type(error).__name__}: {error}", text)
-
-
-class _Rank:
-    """The actor of one rank. Its methods return `_Raised` where they fail: Ray would wrap the error."""
-
-    def __init__(self) -> None:
-        self._store: Any = None
-        self._worker: Any = None
-
-    def where(self) -> tuple[str, int]:
-        return ray.util.get_node_ip_address(), os.getpid()
-
-    def serve_store(self, host: str) -> int | _Raised:
-        """On rank 0: serve the store in which the ranks meet, on a port that is bound first; returns the port."""
-        from torch.distributed import TCPStore
-
-        from spmd_engine.control import peer_group
-
-        try:
-            with peer_group.listen(host) as listener:
-                port = int(listener.getsockname()[1])
-                fd = os.dup(listener.fileno())
-            self._store = TCPStore(
-                host_name=host, port=port, is_master=True, wait_for_workers=False, master_listen_fd=fd, use_libuv=True
-            )
-        except Exception as error:
-            return _raised(error)
-        return port
-
-    def join(self, host: str, port: int, backend: str, timeout_s: float) -> _Raised | None:
-        """Become a rank of the world."""
-        from datetime import timedelta
-
-        import torch
-        import torch.distributed as dist
-
-        from spmd_engine.trainer.rendezvous import interface_of, outgoing_address
-
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-        try:
-            # Gloo would take the address that the host's own name has, which other nodes may not reach.
-            if interface := interface_of(outgoing_address(host)):
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            if "cuda" in backend:
-                if torch.cuda.device_count() != 1:
-                    raise ConfigError(
-                        f"rank {rank} sees {torch.cuda.device_count()} GPUs, not 1: is "
-                        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES set?"
-                    )
-                torch.cuda.set_device(0)
-            if self._store is None:
-                self._store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
-            dist.init_process_group(backend, store=self._store, rank=rank, world_size=world)
-        except Exception as error:
-            return _raised(error)
-        return None
-
-    def make(self, worker_class: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Raised | None:
-        try:
-            self._worker = worker_class(*args, **kwargs)
-        except Exception as error:
-            return _raised(error)
-        return None
-
-    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            return getattr(self._worker, method)(*args, **kwargs)
-        except Exception as error:
-            return _raised(error)
-
-    def leave(self) -> _Raised | None:
-        import torch.distributed as dist
-
-        try:
-            if hasattr(self._worker, "shutdown"):
-                self._worker.shutdown()
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        except Exception as error:
-            return _raised(error)
-        return None
