@@ -69,7 +69,7 @@ class CMakeBuild(build_ext):
 
 
 def native_files(*suffixes: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir() if path.suffix in suffixes)
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
 
 
 setup(

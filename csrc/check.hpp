@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Turns error codes into exceptions that print code, name, file:line. The CUDA macros expand only where cuda_runtime.h
-// or driver.hpp is included.
+// or cuda/driver.hpp is included.
 #pragma once
 
 #include <cerrno>

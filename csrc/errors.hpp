@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The exceptions of the native module. bindings.cpp turns each into the Python class of the same name.
+// The exceptions of the native module. python/module.cpp turns each into the Python class of the same name.
 #pragma once
 
 #include <cstdint>

@@ -35,6 +35,7 @@ __all__ = [
     "CudaError",
     "ElementType",
     "ExportedAllocation",
+    "IpcMapping",
     "NativeError",
     "NotExportableError",
     "PosixError",
@@ -45,16 +46,16 @@ __all__ = [
     "TableError",
     "allocation_ids",
     "allow_ptrace_by_any",
-    "close_handle",
     "compare_cpu",
     "copy_cpu",
     "device_uuid",
     "export_allocation",
     "export_descriptors",
     "has_cuda",
-    "open_handle",
+    "pin",
     "prefetch",
     "snapshot",
+    "unpin",
 ]
 
 NativeError: type[RuntimeError] = _C.NativeError
@@ -206,19 +207,6 @@ def export_descriptors(addresses: Sequence[int]) -> list[int]:
     return descriptors
 
 
-def open_handle(handle: bytes, *, device: int) -> int:
-    """Maps an exported allocation for use by `device` (an ordinal of this process) and returns its address here.
-
-    Open a handle once and keep it: this takes milliseconds. A process cannot open what it exported itself.
-    """
-    return int(_cuda("open_handle")(device, handle))
-
-
-def close_handle(address: int) -> None:
-    """Unmaps what `open_handle` returned. No copy from it may still run."""
-    _cuda("close_handle")(address)
-
-
 def pin(address: int, size: int, *, device: int) -> None:
     """Lets GPUs copy from and to memory of the CPU at full speed; it must stay mapped until `unpin`.
 
@@ -231,6 +219,33 @@ def pin(address: int, size: int, *, device: int) -> None:
 def unpin(address: int, *, device: int) -> None:
     """Ends `pin`. No copy may still run."""
     _cuda("unpin")(device, address)
+
+
+class IpcMapping:
+    """An exported allocation of another process, mapped for use by `device`. It is unmapped when this object ends.
+
+    Open a handle once and keep it: this takes milliseconds. A process cannot open what it exported itself.
+
+    Args:
+        handle: the 64 bytes of an `ExportedAllocation`.
+        device: ordinal of this process, which reads the allocation.
+
+    Raises:
+        CudaError: it cannot be mapped; for example its owner has freed it, or is gone.
+        NativeError: a handle has another length.
+    """
+
+    def __init__(self, handle: bytes, *, device: int) -> None:
+        self._mapping = _cuda("IpcMapping")(device, handle)
+
+    @property
+    def base(self) -> int:
+        """Address of the allocation in this process; 0 once closed."""
+        return int(self._mapping.base)
+
+    def close(self) -> None:
+        """Unmaps it. No copy from it may still run. Twice is fine."""
+        self._mapping.close()
 
 
 class ChunkMapping:
@@ -321,7 +336,10 @@ class CopyTable:
         self._table.patch(_checked(table))
 
     def launch(self, *, stream: int = 0) -> None:
-        """Starts the copy on a stream of the table's device (a ``cudaStream_t`` as an integer) and returns at once."""
+        """Starts the copy on a stream of the table's device (a ``cudaStream_t`` as an integer) and returns at once.
+
+        A launch on another stream than the one before starts when that one has ended.
+        """
         self._table.launch(stream)
 
     def elapsed_ms(self) -> float:

@@ -150,12 +150,15 @@ class OpenHandles:
 
     Args:
         device: CUDA ordinal, in this process, that reads from them.
+
+    Attributes:
+        generation: grows when anything is closed. Addresses that were had in an earlier one must not be read any more.
     """
 
     def __init__(self, device: int) -> None:
+        self.generation = 0
         self._device = device
-        self._bases: dict[bytes, int] = {}
-        self._runs: dict[bytes, _native.ChunkMapping] = {}
+        self._mappings: dict[bytes, _native.IpcMapping | _native.ChunkMapping] = {}
         self._own: dict[bytes, int] = {}
 
     def own(self, memory: ShardMemory, addresses: np.ndarray) -> None:
@@ -165,7 +168,7 @@ class OpenHandles:
             self._own[memory.handles[number]] = int(base)
 
     def __len__(self) -> int:
-        return len(self._bases)
+        return len(self._mappings)
 
     def addresses(self, memory: ShardMemory, wanted: np.ndarray) -> np.ndarray:
         """Addresses in this process of the shards of a rank, opening what is not open yet: milliseconds the first time.
@@ -179,19 +182,19 @@ class OpenHandles:
         """
         used = memory.allocation[wanted]
         numbers = np.unique(used[used != NOWHERE]).tolist()
-        known = {**self._own, **self._bases}
+        known = self._own.keys() | self._mappings.keys()
         missing = [number for number in numbers if memory.handles[number] not in known]
         for number in missing:
             if not memory.chunks[number]:
                 handle = memory.handles[number]
-                self._bases[handle] = _native.open_handle(handle, device=self._device)
+                self._mappings[handle] = _native.IpcMapping(handle, device=self._device)
         runs = {memory.handles[number]: memory.chunks[number] for number in missing if memory.chunks[number]}
         if runs:
             self._open_runs(runs, memory.offered_at)
         bases = np.zeros(len(memory.handles) + 1, np.uint64)
         for number in numbers:
             handle = memory.handles[number]
-            bases[number] = self._bases[handle] if handle in self._bases else self._own[handle]
+            bases[number] = self._mappings[handle].base if handle in self._mappings else self._own[handle]
         found = np.zeros(len(memory.offset), np.uint64)
         found[wanted] = bases[np.minimum(used, len(memory.handles))] + memory.offset[wanted]
         return found
@@ -212,19 +215,16 @@ class OpenHandles:
             for mapping in mappings.values():
                 mapping.close()
             raise
-        self._runs.update(mappings)
-        self._bases.update({handle: mapping.base for handle, mapping in mappings.items()})
+        self._mappings.update(mappings)
 
     def keep_only(self, handles: Iterable[bytes]) -> None:
-        """Close all others. No copy from them may still run."""
+        """Close all others, in a new generation if there are any. No copy from them may still run."""
         kept = frozenset(handles)
-        for handle in [handle for handle in self._bases if handle not in kept]:
-            base = self._bases.pop(handle)
-            run = self._runs.pop(handle, None)
-            if run is None:
-                _native.close_handle(base)
-            else:
-                run.close()
+        closing = [handle for handle in self._mappings if handle not in kept]
+        if closing:
+            self.generation += 1  # before the first is closed, and also if one cannot be
+        for handle in closing:
+            self._mappings.pop(handle).close()
 
     def close(self) -> None:
         """Close all of them. Twice is fine."""

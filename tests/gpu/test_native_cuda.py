@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -163,14 +165,106 @@ def test_other_bad_arguments() -> None:
     assert caught.value.name == "cudaErrorInvalidDevice"
 
 
+def one_row(src: torch.Tensor, dst: torch.Tensor) -> np.ndarray:
+    table = np.zeros(1, BLOCK_COPY_DTYPE)
+    table[0] = (src.data_ptr(), dst.data_ptr(), 1, src.numel(), 0, 0, 0, ElementType.RAW32, ElementType.RAW32)
+    return table
+
+
+def test_a_launch_on_another_stream_waits_for_the_one_before() -> None:
+    """Both launches count their tiles with the same counters: together they would share the tiles among them."""
+    src = torch.arange(1 << 20, dtype=torch.int32, device="cuda")
+    dst = torch.zeros_like(src)
+    torch.cuda.synchronize()
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    first_done, second_done = torch.cuda.Event(), torch.cuda.Event()
+    with CopyTable(one_row(src, dst), device=0) as copies:
+        with torch.cuda.stream(first):
+            torch.cuda._sleep(1_000_000_000)  # about half a second
+        copies.launch(stream=first.cuda_stream)
+        first_done.record(first)
+        copies.launch(stream=second.cuda_stream)
+        second_done.record(second)
+        assert not first_done.query(), "the first launch was to be still waiting here"
+        second_done.synchronize()
+        assert first_done.query()
+        assert torch.equal(src, dst)
+        dst.zero_()
+        torch.cuda.synchronize()
+        copies.launch(stream=first.cuda_stream)
+        copies.launch(stream=first.cuda_stream)
+        first.synchronize()
+        assert torch.equal(src, dst)
+
+
+def current_context() -> int:
+    """The driver's context of this thread, 0 if it has none."""
+    context = ctypes.c_void_p()
+    assert ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) == 0
+    return context.value or 0
+
+
+def test_a_thread_that_had_no_device_has_none_afterwards() -> None:
+    src = torch.arange(1000, dtype=torch.int32, device="cuda")
+    dst = torch.zeros_like(src)
+    torch.cuda.synchronize()
+    contexts: list[int] = []
+
+    def copy() -> None:
+        contexts.append(current_context())
+        with CopyTable(one_row(src, dst), device=0) as copies:
+            contexts.append(current_context())
+            copies.launch()
+            copies.elapsed_ms()
+        contexts.append(current_context())
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    thread.join()
+    assert contexts == [0, 0, 0]
+    assert torch.equal(src, dst)
+    own = current_context()
+    with CopyTable(one_row(src, dst), device=0):
+        pass
+    assert current_context() == own != 0
+
+
+# Makes a table on device 1 in a process that has used no device, and says whether device 0 has a context then.
+SECOND_DEVICE = """
+import ctypes
+import numpy as np
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.transfer import _native
+with _native.CopyTable(np.zeros(0, BLOCK_COPY_DTYPE), device=1):
+    pass
+driver = ctypes.CDLL("libcuda.so.1")
+for device in range(2):
+    flags, active = ctypes.c_uint(), ctypes.c_int()
+    assert driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active)) == 0
+    print(active.value)
+"""
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_work_on_one_device_makes_no_context_on_another() -> None:
+    done = subprocess.run([sys.executable, "-c", SECOND_DEVICE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]
+
+
 # Opens a handle, sums some elements of what it names, and closes it, twice.
 OPENER = """
 import sys
 import numpy as np
 import torch
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
 from spmd_engine.transfer import _native
 handle, offset, count = bytes.fromhex(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-base = _native.open_handle(handle, device=0)
+mapping = _native.IpcMapping(handle, device=0)
+base = mapping.base
+again = _native.IpcMapping(handle, device=0)  # each owns what it has opened: closing one leaves the other
+again.close()
+print(_native.allocation_ids([base]) != [0])
 here = torch.zeros(count, dtype=torch.int32, device="cuda")
 table = np.zeros(1, BLOCK_COPY_DTYPE)
 table[0] = (base + offset, here.data_ptr(), 1, count, 0, 0, 0, 5, 5)
@@ -178,11 +272,13 @@ with _native.CopyTable(table, device=0) as copies:
     copies.launch(stream=torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
 print(int(here.sum()), _native.device_uuid(0))
-_native.close_handle(base)
-try:
-    _native.close_handle(base)
-except _native.NativeError as error:
-    print(error)
+mapping.close()
+mapping.close()
+print(mapping.base, _native.allocation_ids([base]))
+mapping = _native.IpcMapping(handle, device=0)
+base = mapping.base
+del mapping  # unmaps it
+print(_native.allocation_ids([base]))
 """
 
 
@@ -196,9 +292,9 @@ def test_another_process_opens_an_exported_allocation() -> None:
     offset = memory[5000:].data_ptr() - exported.base
     arguments = [exported.handle.hex(), str(offset), "7000"]
     done = subprocess.run([sys.executable, "-c", OPENER, *arguments], capture_output=True, text=True, check=True)
-    first, second = done.stdout.splitlines()
+    is_open, first, closed, freed = done.stdout.splitlines()
     assert first == f"{sum(range(5000, 12000))} {_native.device_uuid(0)}"
-    assert "is closed" in second
+    assert (is_open, closed, freed) == ("True", "0 [0]", "[0]")
     assert _native.device_uuid(0) == f"GPU-{torch.cuda.get_device_properties(0).uuid}"
 
 
@@ -207,9 +303,9 @@ def test_handles_that_cannot_be() -> None:
     with pytest.raises(_native.NotExportableError, match="no device memory"):
         _native.export_allocation(host.ctypes.data)
     with pytest.raises(_native.NativeError, match="64 bytes, got 3"):
-        _native.open_handle(b"abc", device=0)
-    with pytest.raises(_native.NativeError, match="was not returned by open_handle"):
-        _native.close_handle(4096)
+        _native.IpcMapping(b"abc", device=0)
+    with pytest.raises(_native.CudaError, match="cudaIpcOpenMemHandle"):
+        _native.IpcMapping(b"\0" * 64, device=0)
 
 
 def test_memory_of_the_cpu_is_pinned_and_a_failure_is_not_left_to_others() -> None:

@@ -35,6 +35,7 @@ OPENER = """
 import json, resource, sys, time
 import numpy as np
 import torch
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
 from spmd_engine.transfer import _native
 from spmd_engine.control import codec
 from spmd_engine.planning.shard_memory import ShardMemory
@@ -235,7 +236,7 @@ def test_descriptors_that_name_no_chunk_and_mappings_that_cannot_be() -> None:
 def test_memory_that_cannot_be_shared_is_refused_with_advice(environment: dict[str, str], advice: str) -> None:
     code = (
         "import torch\n"
-        "from spmd_engine import _native\n"
+        "from spmd_engine.transfer import _native\n"
         "memory = torch.zeros(1 << 20, device='cuda')\n"
         "try:\n"
         "    _native.export_allocation(memory.data_ptr())\n"

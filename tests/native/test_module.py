@@ -67,8 +67,8 @@ def test_a_missing_build_says_how_to_build() -> None:
 def test_without_cuda_its_functions_say_so() -> None:
     for call in (
         lambda: _native.export_allocation(4096),
-        lambda: _native.open_handle(b"\0" * 64, device=0),
-        lambda: _native.close_handle(4096),
+        lambda: _native.IpcMapping(b"\0" * 64, device=0),
+        lambda: _native.ChunkMapping([1 << 21], device=0),
         lambda: _native.device_uuid(0),
     ):
         with pytest.raises(_native.NativeError, match="SPMD_ENGINE_CUDA=ON"):

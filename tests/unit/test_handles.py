@@ -51,6 +51,18 @@ class Device:
         return made
 
 
+class OneMapping:
+    """In place of IpcMapping: allocation number n is at n + 1 TiB."""
+
+    closed: list[int] = []
+
+    def __init__(self, handle: bytes, *, device: int) -> None:
+        self.base = int(handle[0] + 1) << 40
+
+    def close(self) -> None:
+        OneMapping.closed.append(self.base)
+
+
 class Mapping:
     """In place of ChunkMapping: reads the numbers of the chunks. The n-th one is at n MiB."""
 
@@ -92,13 +104,11 @@ def device(monkeypatch):
     for name in ("export_allocation", "allocation_ids", "export_descriptors"):
         monkeypatch.setattr(_native, name, getattr(made, name))
     monkeypatch.setattr(_native, "device_uuid", lambda device: "GPU-1")
-    monkeypatch.setattr(_native, "open_handle", lambda handle, device: int(handle[0] + 1) << 40)
-    monkeypatch.setattr(_native, "close_handle", lambda address: closed.append(address))
+    monkeypatch.setattr(_native, "IpcMapping", OneMapping)
+    monkeypatch.setattr(OneMapping, "closed", [])
     monkeypatch.setattr(_native, "ChunkMapping", Mapping)
     monkeypatch.setattr(Mapping, "made", [])
     monkeypatch.setattr(fd_passing, "BATCH", 2)
-    closed: list[int] = []
-    made.closed = closed
     return made
 
 
@@ -167,10 +177,10 @@ def test_runs_and_handles_are_opened_once_and_closed(device):
     assert opened.addresses(received, np.array([3, 6])).tolist()[3:7:3] == [(1 << 20) + KIB, 3 << 20]
     opened.keep_only([memory.handles[1], memory.handles[3]])
     assert [mapping.is_closed for mapping in Mapping.made] == [False, True, True]
-    assert device.closed == [1 << 40]
+    assert OneMapping.closed == [1 << 40]
     opened.close()
     opened.close()
-    assert Mapping.made[0].is_closed and device.closed == [1 << 40, 6 << 40] and len(opened) == 0
+    assert Mapping.made[0].is_closed and OneMapping.closed == [1 << 40, 6 << 40] and len(opened) == 0
 
 
 def test_what_cannot_be_opened_leaves_nothing_behind(device):
@@ -189,6 +199,31 @@ def test_what_cannot_be_opened_leaves_nothing_behind(device):
     server.close()
     assert len(opened) == 0 and all(mapping.is_closed for mapping in Mapping.made)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_generation_grows_whenever_something_is_closed(device, monkeypatch):
+    memory = Exporter().export(*ALL, device=0)
+    opened = OpenHandles(0)
+    opened.addresses(memory, np.array([0, 1]))
+    opened.keep_only(memory.handles)
+    assert opened.generation == 0, "nothing was closed"
+    opened.keep_only([memory.handles[3]])
+    assert opened.generation == 1
+    opened.addresses(memory, np.array([0, 1]))
+    assert opened.generation == 1, "what is open stays where it is when more is opened"
+
+    def fail(mapping: OneMapping) -> None:
+        raise _native.CudaError("the device is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OneMapping, "close", fail)
+        with pytest.raises(_native.CudaError, match="lost"):
+            opened.keep_only([memory.handles[3]])
+    assert opened.generation == 2, "nobody knows what is still mapped"
+    opened.close()
+    assert opened.generation == 3 and len(opened) == 0
+    opened.close()
+    assert opened.generation == 3
 
 
 class Process:

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "copy.hpp"
+#include "block_copy.hpp"
 
 namespace spmd {
 
@@ -48,6 +48,7 @@ class CopyTable {
 
   // Replaces src, dst and source; everything else must be as before. Waits for the last launch.
   void patch(std::vector<BlockCopy> table);
+  // Starts the copy on a stream of the device. A launch on another stream than the one before waits for that one.
   void launch(uint64_t stream);
   // Waits for the last launch.
   float elapsed_ms();

@@ -2,8 +2,8 @@
 // The kernel that executes a table of block copies. A thread block takes one tile at a time. Addresses may change
 // between launches, so how wide the accesses of a tile can be is decided here.
 #include "check.hpp"
-#include "copy_table.hpp"
-#include "copy_unit.cuh"
+#include "cuda/copy_table.hpp"
+#include "cuda/copy_unit.cuh"
 
 namespace spmd {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "driver.hpp"
+#include "cuda/driver.hpp"
 
 #include "check.hpp"
 
@@ -19,6 +19,8 @@ void look_up(const char* symbol, unsigned int version, Function& function) {
 Driver load() {
   Driver d{};
   look_up("cuGetErrorName", 12000, d.cuGetErrorName);
+  look_up("cuCtxGetCurrent", 12000, d.cuCtxGetCurrent);
+  look_up("cuCtxSetCurrent", 12000, d.cuCtxSetCurrent);
   look_up("cuMemGetAddressRange", 12000, d.cuMemGetAddressRange);
   look_up("cuPointerGetAttribute", 12000, d.cuPointerGetAttribute);
   look_up("cuMemRetainAllocationHandle", 12000, d.cuMemRetainAllocationHandle);
@@ -44,12 +46,5 @@ const Driver& driver() {
   static const Driver loaded = load();
   return loaded;
 }
-
-DeviceGuard::DeviceGuard(int device) {
-  SPMD_CHECK_CUDA(cudaGetDevice(&former_));
-  SPMD_CHECK_CUDA(cudaSetDevice(device));
-}
-
-DeviceGuard::~DeviceGuard() { (void)cudaSetDevice(former_); }
 
 }  // namespace spmd

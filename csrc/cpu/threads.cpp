@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "threads.hpp"
+#include "cpu/threads.hpp"
 
 #include <pthread.h>
 #include <signal.h>
@@ -72,7 +72,8 @@ class Team {
 // Never destroyed: its threads end with the process. A fork has none of them, and gets a team of its own.
 Team*& team() {
   static Team* current = new Team;
-  [[maybe_unused]] static const int hook = pthread_atfork(nullptr, nullptr, [] { team() = new Team; });
+  [[maybe_unused]] static const int hook =
+      pthread_atfork(nullptr, nullptr, [] { team() = new Team; });  // NOLINT(clang-analyzer-cplusplus.NewDeleteLeaks)
   return current;
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/stl.h>
 
-#include "bindings.hpp"
-#include "process_memory.hpp"
+#include "cpu/copy.hpp"
+#include "cpu/process_memory.hpp"
+#include "python/bindings.hpp"
 
 namespace py = pybind11;
 

@@ -10,8 +10,8 @@
 #include <string_view>
 #include <vector>
 
-#include "bindings.hpp"
-#include "dlpack.hpp"
+#include "python/bindings.hpp"
+#include "python/dlpack.hpp"
 
 namespace py = pybind11;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device memory that another process can open: what cudaMalloc made, by a handle of 64 bytes, and chunks of CUDA's
-// virtual memory management, by file descriptors (vmm.hpp).
+// Names device memory so that another process can map it (mapping.hpp): what cudaMalloc made, by a handle of 64 bytes,
+// and chunks of CUDA's virtual memory management, by file descriptors.
 #pragma once
 
 #include <cstdint>
@@ -19,20 +19,12 @@ struct ExportedAllocation {
 // another process has it open. Throws NotExportableError for memory that can be shared in neither way.
 ExportedAllocation export_allocation(uint64_t address);
 
+// One new file descriptor for the chunk that each address lies in; the caller closes them. Each keeps its chunk's
+// memory, also when the exporter has freed it.
+std::vector<int> export_descriptors(const std::vector<uint64_t>& addresses);
+
 // For each address a number that no other allocation, or mapping of a chunk, of this process has had or will have, so
 // that memory which was freed and allocated again at the same address is noticed; 0 for what is not allocated.
 std::vector<uint64_t> allocation_ids(const std::vector<uint64_t>& addresses);
-
-// Maps an allocation of another process and returns its address here. Every success needs one close_handle.
-uint64_t open_handle(int device, const std::string& handle);
-void close_handle(uint64_t address);
-
-// Lets GPUs copy from and to memory of the CPU at full speed, as cudaHostAlloc's. It must stay mapped until it is
-// unpinned.
-void pin(int device, uint64_t address, uint64_t size);
-void unpin(int device, uint64_t address);
-
-// As nvidia-smi prints it.
-std::string device_uuid(int device);
 
 }  // namespace spmd

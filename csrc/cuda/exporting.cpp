@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "vmm.hpp"
+#include "cuda/exporting.hpp"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -7,23 +7,14 @@
 #include <utility>
 
 #include "check.hpp"
-#include "driver.hpp"
+#include "cuda/chunk.hpp"
+#include "cuda/device.hpp"
+#include "cuda/driver.hpp"
 
 namespace spmd {
 namespace {
 
-// A reference to a chunk. Mappings and descriptors keep the chunk without it.
-class Chunk {
- public:
-  explicit Chunk(CUmemGenericAllocationHandle handle) : handle_(handle) {}
-  ~Chunk() { (void)driver().cuMemRelease(handle_); }
-  Chunk(const Chunk&) = delete;
-  Chunk& operator=(const Chunk&) = delete;
-  CUmemGenericAllocationHandle get() const { return handle_; }
-
- private:
-  CUmemGenericAllocationHandle handle_;
-};
+static_assert(sizeof(cudaIpcMemHandle_t) == 64);
 
 // Closes what was not handed out.
 class Descriptors {
@@ -48,8 +39,8 @@ Value attribute(CUpointer_attribute which, uint64_t address) {
   return value;
 }
 
-}  // namespace
-
+// Whether the chunk that device memory at `address` lies in can be exported as a file descriptor. Otherwise `reason`
+// says why not, and what to do.
 bool is_exportable_chunk(uint64_t address, std::string& reason) {
   if (attribute<CUmemoryPool>(CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE, address) != nullptr) {
     reason =
@@ -66,6 +57,32 @@ bool is_exportable_chunk(uint64_t address, std::string& reason) {
     return false;
   }
   return true;
+}
+
+}  // namespace
+
+ExportedAllocation export_allocation(uint64_t address) {
+  cudaPointerAttributes attributes{};
+  SPMD_CHECK_CUDA(cudaPointerGetAttributes(&attributes, reinterpret_cast<void*>(address)));
+  if (attributes.type != cudaMemoryTypeDevice)
+    throw NotExportableError(hex(address) + " is no device memory", cudaErrorInvalidValue, "cudaErrorInvalidValue");
+  const DeviceGuard guard(attributes.device);
+
+  int capable = 0;
+  SPMD_CHECK_DRIVER(driver(),
+                    cuPointerGetAttribute(&capable, CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, address));
+  std::string reason;
+  if (capable == 0 && !is_exportable_chunk(address, reason))
+    throw NotExportableError("device memory at " + hex(address) + " cannot be shared with another process: " + reason,
+                             cudaErrorInvalidValue, "cudaErrorInvalidValue");
+
+  CUdeviceptr base = 0;
+  size_t size = 0;
+  SPMD_CHECK_DRIVER(driver(), cuMemGetAddressRange(&base, &size, address));
+  if (capable == 0) return {base, size, ""};
+  cudaIpcMemHandle_t handle;
+  SPMD_CHECK_CUDA(cudaIpcGetMemHandle(&handle, reinterpret_cast<void*>(base)));
+  return {base, size, std::string(reinterpret_cast<const char*>(&handle), sizeof(handle))};
 }
 
 std::vector<int> export_descriptors(const std::vector<uint64_t>& addresses) {
@@ -86,54 +103,15 @@ std::vector<int> export_descriptors(const std::vector<uint64_t>& addresses) {
   return exported.hand_out();
 }
 
-ChunkMapping::ChunkMapping(int device, std::vector<uint64_t> sizes) : device_(device), sizes_(std::move(sizes)) {
-  for (const uint64_t size : sizes_)
-    if (size == 0 || __builtin_add_overflow(total_, size, &total_))
-      throw NativeError("a chunk of " + std::to_string(size) + " bytes cannot be mapped");
-  if (sizes_.empty()) throw NativeError("a mapping needs at least one chunk");
-  const DeviceGuard guard(device_);
-  CUdeviceptr base = 0;
-  SPMD_CHECK_DRIVER(driver(), cuMemAddressReserve(&base, total_, 0, 0, 0));
-  base_ = base;
-}
-
-ChunkMapping::~ChunkMapping() {
-  try {
-    close();
-  } catch (const NativeError&) {  // the device is lost, and its mappings with it
+std::vector<uint64_t> allocation_ids(const std::vector<uint64_t>& addresses) {
+  std::vector<uint64_t> ids;
+  ids.reserve(addresses.size());
+  for (const uint64_t address : addresses) {
+    unsigned long long id = 0;
+    if (driver().cuPointerGetAttribute(&id, CU_POINTER_ATTRIBUTE_BUFFER_ID, address) != CUDA_SUCCESS) id = 0;
+    ids.push_back(id);
   }
-}
-
-void ChunkMapping::map(const std::vector<int>& descriptors) {
-  if (base_ == 0) throw NativeError("the mapping is closed");
-  if (descriptors.size() > sizes_.size() - mapped_)
-    throw NativeError("got " + std::to_string(descriptors.size()) + " descriptors for the last " +
-                      std::to_string(sizes_.size() - mapped_) + " of " + std::to_string(sizes_.size()) + " chunks");
-  if (descriptors.empty()) return;
-  const DeviceGuard guard(device_);
-  const uint64_t begin = end_;
-  for (const int descriptor : descriptors) {
-    CUmemGenericAllocationHandle handle = 0;
-    SPMD_CHECK_DRIVER(
-        driver(), cuMemImportFromShareableHandle(&handle, reinterpret_cast<void*>(static_cast<uintptr_t>(descriptor)),
-                                                 CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR));
-    const Chunk chunk(handle);
-    SPMD_CHECK_DRIVER(driver(), cuMemMap(base_ + end_, sizes_[mapped_], 0, chunk.get(), 0));
-    end_ += sizes_[mapped_++];
-  }
-  CUmemAccessDesc access{};
-  access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-  access.location.id = device_;
-  access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-  SPMD_CHECK_DRIVER(driver(), cuMemSetAccess(base_ + begin, end_ - begin, &access, 1));
-}
-
-void ChunkMapping::close() {
-  if (base_ == 0) return;
-  const DeviceGuard guard(device_);
-  const uint64_t base = std::exchange(base_, 0);
-  if (end_ > 0) SPMD_CHECK_DRIVER(driver(), cuMemUnmap(base, end_));
-  SPMD_CHECK_DRIVER(driver(), cuMemAddressFree(base, total_));
+  return ids;
 }
 
 }  // namespace spmd

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory of CUDA's virtual memory management, such as torch's expandable segments: chunks made by cuMemCreate and
-// mapped side by side. Another process opens it chunk by chunk, through file descriptors.
+// Maps device memory of another process (exporting.hpp) into this one. A mapping owns what it has opened: it closes it
+// at its end, or earlier by close(). base() is the address here, 0 once closed.
 #pragma once
 
 #include <cstddef>
@@ -10,13 +10,24 @@
 
 namespace spmd {
 
-// Whether the chunk that device memory at `address` lies in can be exported as a file descriptor. Otherwise `reason`
-// says why not, and what to do.
-bool is_exportable_chunk(uint64_t address, std::string& reason);
+// What cudaMalloc made in another process, by its handle.
+class IpcMapping {
+ public:
+  // Opens a cudaIpcMemHandle_t, of 64 bytes, for `device` to read. This process must not have exported it.
+  IpcMapping(int device, const std::string& handle);
+  ~IpcMapping();
+  IpcMapping(const IpcMapping&) = delete;
+  IpcMapping& operator=(const IpcMapping&) = delete;
 
-// One new file descriptor for the chunk that each address lies in; the caller closes them. Each keeps its chunk's
-// memory, also when the exporter has freed it.
-std::vector<int> export_descriptors(const std::vector<uint64_t>& addresses);
+  // Unmaps it. No copy from it may still run. Twice is fine.
+  void close();
+
+  uint64_t base() const { return base_; }
+
+ private:
+  int device_;
+  uint64_t base_ = 0;
+};
 
 // Chunks of another process, mapped side by side in one range of addresses. For one thread at a time.
 class ChunkMapping {
@@ -39,8 +50,8 @@ class ChunkMapping {
   int device_;
   std::vector<uint64_t> sizes_;
   uint64_t total_ = 0;
-  uint64_t base_ = 0;  // 0 once closed
-  uint64_t end_ = 0;   // of what is mapped, counted from base_
+  uint64_t base_ = 0;
+  uint64_t end_ = 0;  // of what is mapped, counted from base_
   size_t mapped_ = 0;
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of block copies: what both backends (copy_cpu.cpp, copy.cu) execute.
+// Describes, checks and cuts the table of block copies that both backends (cpu/copy.cpp, cuda/copy.cu) execute.
 #pragma once
 
 #include <cstddef>
@@ -46,11 +46,6 @@ struct Tile {
 };
 static_assert(sizeof(Tile) == 32);
 
-struct CopyStats {
-  uint64_t bytes_read;
-  uint64_t blocks;
-};
-
 struct CompareResult {
   uint64_t wrong_elements;
   std::optional<std::pair<uint64_t, uint64_t>> first;  // block, element in the block (row-major)
@@ -66,12 +61,5 @@ void collapse_rows(std::vector<BlockCopy>& table);
 // Cuts a validated table into tiles of about `tile_bytes(block)` (of the wider side), in table order. Empty blocks give
 // none.
 std::vector<Tile> cut_tiles(const std::vector<BlockCopy>& table, const std::function<uint64_t(uint32_t)>& tile_bytes);
-
-// Reads every block from process pids[block.source] and writes it to this process' memory. A pid of 0, or this process'
-// own, means this process. Throws TableError or SourceError; after a SourceError the destinations are undefined.
-CopyStats copy_cpu(std::vector<BlockCopy> table, const std::vector<int64_t>& pids, int threads);
-
-// The same, but compares bit for bit what copy_cpu would write with what lies there.
-CompareResult compare_cpu(std::vector<BlockCopy> table, const std::vector<int64_t>& pids, int threads);
 
 }  // namespace spmd

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "block_copy.hpp"
+
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
 #include <string>
 
-#include "copy.hpp"
 #include "errors.hpp"
 
 namespace spmd {

@@ -3,10 +3,11 @@
 
 #include <memory>
 
-#include "bindings.hpp"
-#include "copy_table.hpp"
-#include "memory_handle.hpp"
-#include "vmm.hpp"
+#include "cuda/copy_table.hpp"
+#include "cuda/device.hpp"
+#include "cuda/exporting.hpp"
+#include "cuda/mapping.hpp"
+#include "python/bindings.hpp"
 
 namespace py = pybind11;
 
@@ -42,10 +43,10 @@ py::tuple export_bytes(uint64_t address) {
   return py::make_tuple(exported.base, exported.size, py::bytes(exported.handle));
 }
 
-uint64_t open_bytes(int device, const py::bytes& handle) {
+std::unique_ptr<IpcMapping> open_handle(int device, const py::bytes& handle) {
   const std::string raw = handle;
   const py::gil_scoped_release unlocked;
-  return open_handle(device, raw);
+  return std::make_unique<IpcMapping>(device, raw);
 }
 
 }  // namespace
@@ -54,12 +55,14 @@ void register_cuda(py::module_& m) {
   m.attr("has_cuda") = true;
   m.def("export_allocation", export_bytes, py::arg("address"));
   m.def("allocation_ids", allocation_ids, py::arg("addresses"));
-  m.def("open_handle", open_bytes, py::arg("device"), py::arg("handle"));
-  m.def("close_handle", close_handle, py::arg("address"), Unlocked());
   m.def("pin", pin, py::arg("device"), py::arg("address"), py::arg("size"), Unlocked());
   m.def("unpin", unpin, py::arg("device"), py::arg("address"), Unlocked());
   m.def("device_uuid", device_uuid, py::arg("device"), Unlocked());
   m.def("export_descriptors", export_descriptors, py::arg("addresses"), Unlocked());
+  py::class_<IpcMapping>(m, "IpcMapping")
+      .def(py::init(&open_handle), py::arg("device"), py::arg("handle"))
+      .def("close", &IpcMapping::close, Unlocked())
+      .def_property_readonly("base", &IpcMapping::base);
   py::class_<ChunkMapping>(m, "ChunkMapping")
       .def(py::init<int, std::vector<uint64_t>>(), py::arg("device"), py::arg("sizes"), Unlocked())
       .def("map", &ChunkMapping::map, py::arg("descriptors"), Unlocked())

@@ -12,6 +12,8 @@ namespace spmd {
 
 struct Driver {
   CUresult(CUDAAPI* cuGetErrorName)(CUresult, const char**);
+  CUresult(CUDAAPI* cuCtxGetCurrent)(CUcontext*);
+  CUresult(CUDAAPI* cuCtxSetCurrent)(CUcontext);
   CUresult(CUDAAPI* cuMemGetAddressRange)(CUdeviceptr*, size_t*, CUdeviceptr);
   CUresult(CUDAAPI* cuPointerGetAttribute)(void*, CUpointer_attribute, CUdeviceptr);
   CUresult(CUDAAPI* cuMemRetainAllocationHandle)(CUmemGenericAllocationHandle*, void*);
@@ -30,17 +32,5 @@ struct Driver {
 
 // Throws CudaError where there is no driver, or one that lacks a call.
 const Driver& driver();
-
-// Makes a device current, and the former one again at its end.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int former_ = 0;
-};
 
 }  // namespace spmd

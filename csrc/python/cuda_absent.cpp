@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "bindings.hpp"
+#include "python/bindings.hpp"
 
 namespace spmd {
 

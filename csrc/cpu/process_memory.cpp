@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "process_memory.hpp"
+#include "cpu/process_memory.hpp"
 
 #include <sys/prctl.h>
 

@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "copy.hpp"
+#include "block_copy.hpp"
 
 namespace spmd {
 

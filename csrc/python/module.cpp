@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "bindings.hpp"
-
 #include <cerrno>
 #include <cstring>
 #include <string>
 
 #include "errors.hpp"
+#include "python/bindings.hpp"
 
 namespace py = pybind11;
 
@@ -45,7 +44,7 @@ PyObject* source_class(int error) {
   }
 }
 
-void translate(std::exception_ptr pending) {
+void translate(std::exception_ptr pending) {  // NOLINT(performance-unnecessary-value-param): pybind11 asks for it
   using namespace py::literals;
   try {
     if (pending) std::rethrow_exception(pending);

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Registers the parts of the Python module `spmd_engine._C`. Nothing outside of this folder knows Python.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -7,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "copy.hpp"
+#include "block_copy.hpp"
 
 namespace spmd {
 
@@ -18,7 +19,7 @@ pybind11::dict to_python(const CompareResult& result);
 void register_errors(pybind11::module_& m);
 void register_cpu(pybind11::module_& m);
 void register_snapshot(pybind11::module_& m);
-// Defined by cuda_bindings.cpp or cuda_absent.cpp; CMake chooses.
+// Defined by cuda.cpp or cuda_absent.cpp; CMake chooses.
 void register_cuda(pybind11::module_& m);
 
 }  // namespace spmd

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "copy_table.hpp"
+#include "cuda/copy_table.hpp"
 
 #include <algorithm>
 #include <array>
@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "check.hpp"
-#include "driver.hpp"
+#include "cuda/device.hpp"
 
 namespace spmd {
 namespace {
@@ -127,9 +127,10 @@ CopyTable::CopyTable(int device, std::vector<BlockCopy> table, const std::vector
   int processors = 0;
   SPMD_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_));
   grid_ = static_cast<unsigned int>(std::min<uint64_t>(tiles_.size(), static_cast<uint64_t>(processors)));
-  state_ = std::make_unique<DeviceState>(table.size(), tiles_.size());
-  state_->block_array.upload(table, state_->transfers.get());
-  state_->tile_array.upload(tiles_, state_->transfers.get());
+  auto made = std::make_unique<DeviceState>(table.size(), tiles_.size());  // if this fails, freed under the guard
+  made->block_array.upload(table, made->transfers.get());
+  made->tile_array.upload(tiles_, made->transfers.get());
+  state_ = std::move(made);
 }
 
 CopyTable::~CopyTable() {
@@ -169,6 +170,9 @@ void CopyTable::launch(uint64_t stream) {
   DeviceState& s = state();
   const DeviceGuard guard(device_);
   const auto on = reinterpret_cast<cudaStream_t>(stream);
+  // All launches count their tiles with the same counters, so each waits for the one before. On one stream that is
+  // free.
+  if (launched_) SPMD_CHECK_CUDA(cudaStreamWaitEvent(on, s.end.get(), 0));
   SPMD_CHECK_CUDA(cudaMemsetAsync(s.taken.get(), 0, sizeof(TilesTaken), on));
   SPMD_CHECK_CUDA(cudaEventRecord(s.begin.get(), on));
   launch_copy(s.block_array.get(), queues(), grid_, on);

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "cpu/copy.hpp"
+
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,11 +12,11 @@
 #include <new>
 #include <string>
 
+#include "block_copy.hpp"
 #include "casts.hpp"
-#include "copy.hpp"
+#include "cpu/process_memory.hpp"
+#include "cpu/threads.hpp"
 #include "errors.hpp"
-#include "process_memory.hpp"
-#include "threads.hpp"
 
 namespace spmd {
 namespace {
