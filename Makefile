@@ -3,7 +3,8 @@ PYTHON ?= python3
 SGLANG ?= 0.5.17
 
 TEST_ENV := .venv-test-$(SGLANG)
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+NATIVE := $(wildcard csrc/*.?pp csrc/*/*.?pp csrc/*/*.cu csrc/*/*.cuh)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 BIN := $(TEST_ENV)/bin
 
 DEMO_ENV := .venv
@@ -12,7 +13,7 @@ DEMO_ENV := .venv
 INSTALL := pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo docs test test-integration test-verl lint format clean
+.PHONY: help demo docs test test-integration test-verl lint format tidy sanitize sanitize-gpu clean
 
 help:
 	@echo "make demo              train a small model by RL on two ranks, with rollouts from SpmdEngine"
@@ -21,6 +22,9 @@ help:
 	@echo "make test-verl         with verl and Ray, on the CPU, e.g. VERL=0.5.0 (default $(VERL))"
 	@echo "make docs              the documentation, in out/site; a broken link is an error"
 	@echo "make lint | format     ruff, mypy, clang-format"
+	@echo "make tidy              clang-tidy over csrc; warnings are errors"
+	@echo "make sanitize          tests/native under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize-gpu      the native tests of tests/gpu under compute-sanitizer's memcheck; needs a GPU"
 	@echo "make clean             remove environments and build products"
 
 $(TEST_ENV)/.ready: $(SOURCES)
@@ -64,12 +68,53 @@ lint: $(TEST_ENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(TEST_ENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*)
+	$(BIN)/clang-format -i $(NATIVE)
+
+# Tools that build and check csrc by themselves. The module that they build is for the Python of the test environment.
+NATIVE_ENV := .venv-native
+CMAKE := $(NATIVE_ENV)/bin/cmake
+
+$(NATIVE_ENV)/.ready: Makefile
+	$(PYTHON) -m venv $(NATIVE_ENV)
+	$(NATIVE_ENV)/bin/$(INSTALL) "pybind11>=2.13" "cmake>=3.26" ninja clang-tidy==23.1.4
+	touch $@
+
+# $(call configure,folder,options)
+configure = $(CMAKE) -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(NATIVE_ENV)/bin/ninja \
+	-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	-Dpybind11_DIR=$$($(NATIVE_ENV)/bin/python -m pybind11 --cmakedir) -DSPMD_ENGINE_WERROR=ON $(2)
+
+tidy: $(TEST_ENV)/.ready $(NATIVE_ENV)/.ready
+	$(call configure,build/tidy,-DCMAKE_EXPORT_COMPILE_COMMANDS=ON)
+	$(NATIVE_ENV)/bin/clang-tidy --quiet -p build/tidy --extra-arg=-Wno-unknown-warning-option \
+		$$(sed -n 's/^ *"file": "\(.*\.cpp\)".*/\1/p' build/tidy/compile_commands.json)
+
+# A package beside the one in the tree, of the same Python files and a watched module. ASan must be the first library of
+# the process; Python itself frees little at its end, so leaks are not looked for.
+sanitize: $(TEST_ENV)/.ready $(NATIVE_ENV)/.ready
+	$(call configure,build/sanitize,-DSPMD_ENGINE_SANITIZE=ON -DSPMD_ENGINE_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo)
+	$(CMAKE) --build build/sanitize
+	rm -rf build/sanitize/site && mkdir -p build/sanitize/site/spmd_engine
+	ln -s $(filter-out %.so,$(abspath $(wildcard spmd_engine/*))) build/sanitize/site/spmd_engine/
+	cp build/sanitize/_C*.so build/sanitize/site/spmd_engine/
+	SPMD_ENGINE_CUDA=OFF PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize/site PYTHONMALLOC=malloc \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/native $(ARGS)
+
+# Without torch's own caching every tensor is an allocation, whose ends memcheck knows. Chunks of expandable segments are
+# torch's caching; the test that measures time fails under memcheck. Some tests make CUDA calls fail on purpose.
+MEMCHECK := compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 9
+GPU_PYTHON ?= $(PYTHON)
+
+sanitize-gpu:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(MEMCHECK) $(GPU_PYTHON) -m pytest tests/gpu/test_native_cuda.py $(ARGS)
+	$(MEMCHECK) $(GPU_PYTHON) -m pytest tests/gpu/test_native_vmm.py -k "not takes_little_time" $(ARGS)
 
 clean:
-	rm -rf .venv .venv-test-* .venv-verl-* build out spmd_engine/_C*.so *.egg-info
+	rm -rf .venv .venv-native .venv-test-* .venv-verl-* build out spmd_engine/_C*.so *.egg-info
