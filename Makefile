@@ -12,13 +12,15 @@ DEMO_ENV := .venv
 INSTALL := pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo docs test test-integration test-verl lint format clean
+.PHONY: help demo dist docs test test-integration test-verl test-wheel lint format clean
 
 help:
 	@echo "make demo              train a small model by RL on two ranks, with rollouts from SpmdEngine"
 	@echo "make test              everything that needs no GPU (SGLANG=$(SGLANG))"
 	@echo "make test-integration  only the tests with real SGLang, e.g. SGLANG=0.5.23"
 	@echo "make test-verl         with verl and Ray, on the CPU, e.g. VERL=0.5.0 (default $(VERL))"
+	@echo "make dist              an sdist and a wheel, in dist"
+	@echo "make test-wheel        one integration test from the wheel, in a fresh environment"
 	@echo "make docs              the documentation, in out/site; a broken link is an error"
 	@echo "make lint | format     ruff, mypy, clang-format"
 	@echo "make clean             remove environments and build products"
@@ -57,6 +59,16 @@ test-verl: $(VERL_ENV)/.ready
 test-integration: $(TEST_ENV)/.ready
 	$(BIN)/python -m pytest tests/integration $(ARGS)
 
+# The wheel is built from the sdist, so a file that the sdist lacks fails the build.
+dist:
+	test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet "build>=1.2"
+	rm -rf dist
+	.venv-dist/bin/python -m build --outdir dist .
+
+test-wheel: dist $(TEST_ENV)/.ready
+	tests/packaging/install_wheel.sh dist/*.whl $(TEST_ENV)
+
 docs: $(TEST_ENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -72,4 +84,4 @@ format: $(TEST_ENV)/.ready
 	$(BIN)/clang-format -i $(wildcard csrc/*)
 
 clean:
-	rm -rf .venv .venv-test-* .venv-verl-* build out spmd_engine/_C*.so *.egg-info
+	rm -rf .venv .venv-dist .venv-test-* .venv-verl-* build dist out spmd_engine/_C*.so *.egg-info
