@@ -13,13 +13,15 @@ DEMO_ENV := .venv
 INSTALL := pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo docs test test-integration test-verl lint format tidy sanitize sanitize-gpu clean
+.PHONY: help demo dist docs test test-integration test-verl test-wheel lint format tidy sanitize sanitize-gpu clean
 
 help:
 	@echo "make demo              train a small model by RL on two ranks, with rollouts from SpmdEngine"
 	@echo "make test              everything that needs no GPU (SGLANG=$(SGLANG))"
 	@echo "make test-integration  only the tests with real SGLang, e.g. SGLANG=0.5.23"
 	@echo "make test-verl         with verl and Ray, on the CPU, e.g. VERL=0.5.0 (default $(VERL))"
+	@echo "make dist              an sdist and a wheel, in dist"
+	@echo "make test-wheel        one integration test from the wheel, in a fresh environment"
 	@echo "make docs              the documentation, in out/site; a broken link is an error"
 	@echo "make lint | format     ruff, mypy, clang-format"
 	@echo "make tidy              clang-tidy over csrc; warnings are errors"
@@ -60,6 +62,16 @@ test-verl: $(VERL_ENV)/.ready
 
 test-integration: $(TEST_ENV)/.ready
 	$(BIN)/python -m pytest tests/integration $(ARGS)
+
+# The wheel is built from the sdist, so a file that the sdist lacks fails the build.
+dist:
+	test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet "build>=1.2"
+	rm -rf dist
+	.venv-dist/bin/python -m build --outdir dist .
+
+test-wheel: dist $(TEST_ENV)/.ready
+	tests/packaging/install_wheel.sh dist/*.whl $(TEST_ENV)
 
 docs: $(TEST_ENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -117,4 +129,4 @@ sanitize-gpu:
 	$(MEMCHECK) $(GPU_PYTHON) -m pytest tests/gpu/test_native_vmm.py -k "not takes_little_time" $(ARGS)
 
 clean:
-	rm -rf .venv .venv-native .venv-test-* .venv-verl-* build out spmd_engine/_C*.so *.egg-info
+	rm -rf .venv .venv-dist .venv-native .venv-test-* .venv-verl-* build dist out spmd_engine/_C*.so *.egg-info

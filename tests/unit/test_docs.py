@@ -86,6 +86,22 @@ def test_errors_of_the_failure_guide_exist():
             assert part in messages, f"no message says {part!r}"
 
 
+def test_the_reading_path_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`([\w./]+(?:\.py|/))`", text) + re.findall(r"`((?:scheduler|planning|trainer)/\w+)`", text)
+    assert len(named) > 15
+    roots = (ROOT, ROOT / "spmd_engine", ROOT / "tests" / "integration")
+    missing = [name for name in named if not any((root / name).exists() for root in roots)]
+    assert missing == []
+
+
+def test_every_page_of_the_lab_book_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = sorted((ROOT / "docs" / "measurements").glob("*.md"))
+    assert len(pages) > 3 and all(f"measurements/{page.name}" in navigation for page in pages)
+    assert all(len(page.read_text().splitlines()) < 400 for page in pages)
+
+
 def strings(path):
     """The strings of a program that are not its documentation."""
     tree = ast.parse(path.read_text())
