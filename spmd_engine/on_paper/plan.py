@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 
 from spmd_engine.errors import ConfigError, ErrorReport, SchedulerError
 from spmd_engine.on_paper.model_shapes import SHAPES, model_directory
-from spmd_engine.planning.layout import ITEM_SIZE, Mesh, Placement, Replicate, Shard, SourceLayout, Weight
+from spmd_engine.planning.dtypes import ITEM_SIZE
+from spmd_engine.planning.layout import Mesh, Placement, Replicate, Shard, SourceLayout, Weight
 from spmd_engine.planning.read_sets import Want, from_plain
 from spmd_engine.planning.report import LinkSpeeds, PlanReport, make_report
 from spmd_engine.trainer.environment import child_environment

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ITEM_SIZES
 from spmd_engine.planning.plan import TransferPlan
 
 #: A block that a rank wants packed: the rank that holds it, the index of its weight in the source layout, the bytes
@@ -33,8 +34,6 @@ WANT_DTYPE = np.dtype(
     ]
 )
 _ALIGN = 64
-#: Bytes of an element, by the code of its dtype.
-ITEM_SIZES = np.array([kind.itemsize for kind in ElementType], dtype=np.int64)
 # Buckets of a rank. What is packed may be read by others of the node one step later, so three of them take turns.
 PACKED, ARRIVED = (0, 1, 2), (3, 4)
 BUCKETS = len(PACKED) + len(ARRIVED)

@@ -19,9 +19,9 @@ from itertools import product
 import numpy as np
 
 from spmd_engine.errors import PlanError
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ELEMENT_TYPES, ITEM_SIZE
 from spmd_engine.planning.layout import (
-    ITEM_SIZE,
     Box,
     Piece,
     Shape,
@@ -32,8 +32,6 @@ from spmd_engine.planning.layout import (
     pieces,
     replica_of,
 )
-
-ELEMENT_TYPE = {"float32": ElementType.F32, "float16": ElementType.F16, "bfloat16": ElementType.BF16}
 
 
 @dataclass(frozen=True)
@@ -412,7 +410,7 @@ def _shift(parts: list[Part], head: _Dim, i: int) -> list[Part]:
 def _rows(copy: RecordedCopy, weight: Weight, offset: tuple[int, int], block: list[_Dim]) -> list[tuple[int, ...]]:
     """Rows of the copy table for one block: two dimensions each, further ones written out."""
     src_item, dst_item = ITEM_SIZE[weight.dtype], ITEM_SIZE[copy.dst_dtype]
-    types = int(ELEMENT_TYPE[weight.dtype]), int(ELEMENT_TYPE[copy.dst_dtype])
+    types = int(ELEMENT_TYPES[weight.dtype]), int(ELEMENT_TYPES[copy.dst_dtype])
     dims = _coalesce(block)
     row = dims.pop() if dims and dims[-1].src == 1 and dims[-1].dst == 1 else _Dim(1, 1, 1, 1)
     # The largest of the other dimensions becomes the pitch, so that fewest are written out.

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from spmd_engine.planning.layout import ITEM_SIZE, Box, Shape
+from spmd_engine.planning.dtypes import ITEM_SIZE
+from spmd_engine.planning.layout import Box, Shape
 from spmd_engine.planning.plan import RecordedCopy, axis_steps
 
 # Half-open intervals of indices, ascending, which do not touch.

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from spmd_engine.errors import ConfigError
-from spmd_engine.planning.layout import ITEM_SIZE, Box, Piece, SourceLayout, Weight, pieces, replica_of
+from spmd_engine.planning.dtypes import ITEM_SIZE
+from spmd_engine.planning.layout import Box, Piece, SourceLayout, Weight, pieces, replica_of
 from spmd_engine.planning.plan import nearest
 from spmd_engine.planning.read_sets import Want, count, united
 

@@ -12,7 +12,8 @@ from spmd_engine.control.agreement import Exchange, attempt, raise_first
 from spmd_engine.control.digest import digest
 from spmd_engine.control.messages import Start
 from spmd_engine.planning import coverage
-from spmd_engine.planning.layout import ITEM_SIZE, SourceLayout
+from spmd_engine.planning.dtypes import ITEM_SIZE
+from spmd_engine.planning.layout import SourceLayout
 from spmd_engine.planning.read_sets import Want, to_plain, wants_of
 from spmd_engine.scheduler.recording.loading import Loads, check_all_used, recorded
 from spmd_engine.scheduler.weights import WeightsKeeper

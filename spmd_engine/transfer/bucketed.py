@@ -17,8 +17,8 @@ from spmd_engine.control import links
 from spmd_engine.control.agreement import Attempt, Failure
 from spmd_engine.control.framing import Frame
 from spmd_engine.errors import TransferError
-from spmd_engine.planning.bucket_plan import ARRIVED, BUCKETS, ITEM_SIZES, PACKED, StagedPlan, Step
-from spmd_engine.planning.copy_table import ElementType
+from spmd_engine.planning.bucket_plan import ARRIVED, BUCKETS, PACKED, StagedPlan, Step
+from spmd_engine.planning.dtypes import ITEM_SIZES, ElementType
 from spmd_engine.planning.plan import TransferPlan
 from spmd_engine.transfer import _native, direct
 from spmd_engine.transfer.handles import Exporter, OpenHandles, ShardMemory

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sharding import CASES, DTYPES, draw_placements, meshes, random_weight, scatter
 
-from spmd_engine.planning.layout import ITEM_SIZE, Mesh, Replicate, Shard, SourceLayout, Weight
+from spmd_engine.planning.dtypes import ITEM_SIZE
+from spmd_engine.planning.layout import Mesh, Replicate, Shard, SourceLayout, Weight
 from spmd_engine.planning.plan import RecordedCopy, build_plan
 from spmd_engine.planning.read_sets import from_plain, to_plain, wants_of
 from spmd_engine.planning.report import LinkSpeeds, make_report

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sharding import CASES, DTYPES, layouts, random_weight, recorded, scatter, view_of
 
 from spmd_engine.planning import bucket_plan
-from spmd_engine.planning.copy_table import ElementType
+from spmd_engine.planning.dtypes import ElementType
 from spmd_engine.planning.plan import build_plan
 from spmd_engine.transfer import _native
 
