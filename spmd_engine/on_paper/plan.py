@@ -23,7 +23,7 @@ from spmd_engine.errors import ConfigError, ErrorReport, SchedulerError
 from spmd_engine.on_paper.model_shapes import SHAPES, model_directory
 from spmd_engine.planning.dtypes import ITEM_SIZE
 from spmd_engine.planning.layout import Mesh, Placement, Replicate, Shard, SourceLayout, Weight
-from spmd_engine.planning.read_sets import Want, from_plain
+from spmd_engine.planning.read_sets import ReadSet, from_plain
 from spmd_engine.planning.report import LinkSpeeds, PlanReport, make_report
 from spmd_engine.trainer.environment import child_environment
 
@@ -104,7 +104,7 @@ def plan_on_paper(
         path = _plain_model(os.fspath(model), Path(scratch))
         answer = _ask(path, cluster, server_args or {}, Path(scratch))
     names = [name for name, *_ in answer["weights"]]
-    readers: list[dict[str, Want]] = []
+    readers: list[dict[str, ReadSet]] = []
     fallback: dict[str, str] = {}
     firsts: dict[str, str] = {}
     for number, rank in enumerate(answer["ranks"]):
@@ -190,7 +190,7 @@ def _expanded(found: Mapping[str, T], firsts: Mapping[str, str]) -> dict[str, T]
     return {name: found[first] for name, first in firsts.items() if first in found}
 
 
-def _placement(cluster: Cluster, name: str, shape: tuple[int, ...], want: Want | None) -> Placement:
+def _placement(cluster: Cluster, name: str, shape: tuple[int, ...], want: ReadSet | None) -> Placement:
     dim = 0
     if cluster.placement == "shard1":
         dim = min(1, len(shape) - 1)

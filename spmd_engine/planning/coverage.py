@@ -95,15 +95,5 @@ def last_of_duplicates(copies: Sequence[RecordedCopy]) -> list[RecordedCopy]:
     return list(latest.values())
 
 
-def reach(copies: Iterable[RecordedCopy]) -> dict[str, tuple[int, int]]:
-    """First and last element of each weight that is read."""
-    found: dict[str, tuple[int, int]] = {}
-    for copy in copies:
-        last = copy.src_offset + sum((n - 1) * s for n, s in zip(copy.sizes, copy.src_strides, strict=True))
-        low, high = found.get(copy.weight, (copy.src_offset, last))
-        found[copy.weight] = (min(low, copy.src_offset), max(high, last))
-    return found
-
-
 def region_of(copy: RecordedCopy) -> Region:
     return copy.dst_address, copy.sizes, copy.dst_strides

@@ -229,14 +229,16 @@ def _holders(weight: Weight, layout: SourceLayout) -> str:
     return "this rank" if weight.mesh < 0 else f"the mesh {list(layout.meshes[weight.mesh].ranks)}"
 
 
-def axis_steps(copy: RecordedCopy, shape: Shape) -> list[list[tuple[int, list[tuple[int, int]]]]]:
-    """The elements that a copy reads of a weight, as disjoint products of index sets.
+def axis_steps(
+    sizes: Shape, offset: int, strides: Shape, shape: Shape
+) -> list[list[tuple[int, list[tuple[int, int]]]]]:
+    """The elements of a strided view of a weight, as disjoint products of index sets.
 
     Returns:
         For each product and each dimension of `shape` the first index, and (size, step) pairs that lead from it.
     """
     axes = [(extent, 0, extent) for extent in shape or (1,)]
-    view = _View(copy.sizes, copy.src_offset, copy.src_strides, 0, copy.dst_strides)
+    view = _View(sizes, offset, strides, 0, (0,) * len(sizes))
     return [
         [(first, [(size, step) for size, step, _ in dims]) for first, dims in zip(part.origin, part.along, strict=True)]
         for part in _along_axes(view, axes)

@@ -21,10 +21,11 @@ from spmd_engine.planning.plan import RecordedCopy, axis_steps
 # Half-open intervals of indices, ascending, which do not touch.
 Runs = tuple[tuple[int, int], ...]
 Part = tuple[Runs, ...]
+_View = tuple[Shape, int, Shape]  # sizes, offset and strides in elements
 
 
 @dataclass(frozen=True)
-class Want:
+class ReadSet:
     """What a rank reads of one weight.
 
     Attributes:
@@ -36,22 +37,37 @@ class Want:
     written: int
 
 
-def wants_of(copies: Iterable[RecordedCopy], shapes: Mapping[str, Shape]) -> dict[str, Want]:
+def read_sets_of(copies: Iterable[RecordedCopy], shapes: Mapping[str, Shape]) -> dict[str, ReadSet]:
     """What recorded copies read, by the name of the weight.
 
     Args:
         copies: of one rank.
         shapes: global shapes of the weights.
     """
-    parts: dict[str, list[Part]] = {}
+    views: dict[str, list[_View]] = {}
     written: dict[str, int] = {}
     for copy in copies:
-        found = parts.setdefault(copy.weight, [])
-        for axes in axis_steps(copy, shapes[copy.weight]):
-            found.append(tuple(_runs(first, steps) for first, steps in axes))
+        views.setdefault(copy.weight, []).append((copy.sizes, copy.src_offset, copy.src_strides))
         moved = math.prod(copy.sizes) * ITEM_SIZE[copy.dst_dtype]
         written[copy.weight] = written.get(copy.weight, 0) + moved
-    return {name: Want(_merged(found), written[name]) for name, found in parts.items()}
+    # Layers and experts are read alike: each way of reading is worked out once, and its set is one object.
+    made: dict[tuple[Shape, int, tuple[_View, ...]], ReadSet] = {}
+    found: dict[str, ReadSet] = {}
+    for name, read in views.items():
+        key = (shapes[name], written[name], tuple(read))
+        if key not in made:
+            made[key] = ReadSet(_parts_of(read, shapes[name]), written[name])
+        found[name] = made[key]
+    return found
+
+
+def _parts_of(views: list[_View], shape: Shape) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    for sizes, offset, strides in views:
+        if all(sizes):
+            for axes in axis_steps(sizes, offset, strides, shape):
+                parts.append(tuple(_runs(first, steps) for first, steps in axes))
+    return _merged(parts) if parts else ()
 
 
 def count(parts: Iterable[Part], boxes: Sequence[Box], shape: Shape) -> np.ndarray:
@@ -75,7 +91,7 @@ def count(parts: Iterable[Part], boxes: Sequence[Box], shape: Shape) -> np.ndarr
     return total
 
 
-def united(wants: Iterable[Want]) -> list[Part]:
+def unite(wants: Iterable[ReadSet]) -> list[Part]:
     """The elements that one of several ranks reads, each once: disjoint parts."""
     found: list[Part] = []
     for part in dict.fromkeys(part for want in wants for part in want.parts):
@@ -86,17 +102,44 @@ def united(wants: Iterable[Want]) -> list[Part]:
     return found
 
 
-def to_plain(wants: Mapping[str, Want]) -> dict[str, Any]:
+def subtract(parts: Iterable[Part], shape: Shape) -> list[Part]:
+    """The elements of a weight that none of `parts` has, as disjoint parts."""
+    rest: list[Part] = [tuple(((0, extent),) for extent in shape or (1,))] if math.prod(shape) else []
+    for part in parts:
+        if not rest:
+            break
+        rest = [left for whole in rest for left in _without(whole, part)]
+    return rest
+
+
+def elements(part: Part) -> int:
+    """How many elements a part has."""
+    return math.prod(sum(stop - start for start, stop in runs) for runs in part)
+
+
+def to_numbers(wants: Mapping[str, ReadSet], names: Iterable[str]) -> dict[str, Any]:
+    """As `to_plain`, for those who know the names: the number of each one's set, or -1 if it is not read."""
+    plain = to_plain(wants)
+    return {"of": [plain["names"].get(name, -1) for name in names], "wants": plain["wants"]}
+
+
+def from_numbers(plain: Mapping[str, Any], names: Iterable[str]) -> dict[str, ReadSet]:
+    """What `to_numbers` was given."""
+    numbered = {name: number for name, number in zip(names, plain["of"], strict=True) if number >= 0}
+    return from_plain({"names": numbered, "wants": plain["wants"]})
+
+
+def to_plain(wants: Mapping[str, ReadSet]) -> dict[str, Any]:
     """As values that JSON has; equal wants, of which there are many, once."""
-    numbers: dict[Want, int] = {}
+    numbers: dict[ReadSet, int] = {}
     names = {name: numbers.setdefault(want, len(numbers)) for name, want in wants.items()}
     return {"names": names, "wants": [[want.parts, want.written] for want in numbers]}
 
 
-def from_plain(plain: Mapping[str, Any]) -> dict[str, Want]:
+def from_plain(plain: Mapping[str, Any]) -> dict[str, ReadSet]:
     """What `to_plain` was given; equal wants are one object."""
     wants = [
-        Want(tuple(tuple(tuple((a, b) for a, b in runs) for runs in part) for part in parts), written)
+        ReadSet(tuple(tuple(tuple((a, b) for a, b in runs) for runs in part) for part in parts), written)
         for parts, written in plain["wants"]
     ]
     return {name: wants[number] for name, number in plain["names"].items()}

@@ -23,7 +23,7 @@ from spmd_engine.errors import ConfigError
 from spmd_engine.planning.dtypes import ITEM_SIZE
 from spmd_engine.planning.layout import Box, Piece, SourceLayout, Weight, pieces, replica_of
 from spmd_engine.planning.plan import nearest
-from spmd_engine.planning.read_sets import Want, count, united
+from spmd_engine.planning.read_sets import ReadSet, count, unite
 
 LINKS = ("local", "nvlink", "staged", "network")
 _MATRIX_SHOWN = 16
@@ -237,7 +237,7 @@ class PlanReport:
 
 def make_report(
     layout: SourceLayout,
-    readers: Mapping[int, Mapping[str, Want]],
+    readers: Mapping[int, Mapping[str, ReadSet]],
     *,
     nodes: Mapping[int, int],
     speeds: LinkSpeeds,
@@ -249,7 +249,7 @@ def make_report(
     Args:
         layout: what the trainer holds.
         readers: for each rank of an engine what it reads of each weight. Ranks that read the same share one mapping,
-            and weights that are read alike share one `Want`: both are then counted once.
+            and weights that are read alike share one `ReadSet`: both are then counted once.
         nodes: number of the node of every rank, from 0.
         speeds: for the floors.
         off_loaded: ranks whose shards are in CPU memory while the engine computes on GPUs.
@@ -263,9 +263,9 @@ def make_report(
     cluster = _Cluster(ranks, node, kind, np.array([rank in off_loaded for rank in ranks]))
     columns = list(mappings.values())
 
-    identical: dict[tuple[Any, ...], tuple[Weight, list[Want | None], dict[str, int]]] = {}
-    interned: dict[Want, int] = {}
-    known: dict[int, int] = {}  # by the identity of a Want, to hash each once
+    identical: dict[tuple[Any, ...], tuple[Weight, list[ReadSet | None], dict[str, int]]] = {}
+    interned: dict[ReadSet, int] = {}
+    known: dict[int, int] = {}  # by the identity of a ReadSet, to hash each once
     for weight in layout.weights:
         wants = [mapping.get(weight.name) for mapping in columns]
         for want in wants:
@@ -355,10 +355,10 @@ def _by_link(matrix: np.ndarray, node: np.ndarray, is_off_loaded: np.ndarray) ->
     }
 
 
-def _moved(weight: Weight, layout: SourceLayout, wants: list[Want | None], cluster: _Cluster) -> _Moved:
+def _moved(weight: Weight, layout: SourceLayout, wants: list[ReadSet | None], cluster: _Cluster) -> _Moved:
     """What one weight makes all ranks read."""
     moved, item = _Moved.none(cluster), ITEM_SIZE[weight.dtype]
-    none = Want((), 0)
+    none = ReadSet((), 0)
     full = [want or none for want in wants] + [none]
     moved.written[:] = np.array([want.written for want in full], dtype=np.int64)[cluster.kind]
     if weight.mesh >= 0:
@@ -392,7 +392,7 @@ def _moved(weight: Weight, layout: SourceLayout, wants: list[Want | None], clust
         wanting = frozenset(cluster.kind[members].tolist())
         if wanting not in shared:
             size = max(packed[k] for k in wanting)
-            shared[wanting] = count(united(full[k] for k in wanting), boxes, weight.shape) * size
+            shared[wanting] = count(unite(full[k] for k in wanting), boxes, weight.shape) * size
         once = np.where(far, shared[wanting], 0)
         np.add.at(moved.network[number], cluster.node[sources[members[0] if len(sources) > 1 else 0]], once)
         kinds = cluster.kind[members]

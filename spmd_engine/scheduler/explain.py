@@ -11,10 +11,9 @@ import torch
 from spmd_engine.control.agreement import Exchange, attempt, raise_first
 from spmd_engine.control.digest import digest
 from spmd_engine.control.messages import Start
-from spmd_engine.planning import coverage
 from spmd_engine.planning.dtypes import ITEM_SIZE
 from spmd_engine.planning.layout import SourceLayout
-from spmd_engine.planning.read_sets import Want, to_plain, wants_of
+from spmd_engine.planning.read_sets import ReadSet, from_numbers, read_sets_of, to_numbers, to_plain
 from spmd_engine.scheduler.recording.loading import Loads, check_all_used, recorded
 from spmd_engine.scheduler.weights import WeightsKeeper
 
@@ -38,7 +37,7 @@ def survey(
         PlanError: an update would be refused.
     """
     ranks, (layout, optional) = tuple(payload["ranks"]), payload["layout"]
-    made: list[tuple[dict[str, Want], dict[str, str], dict[str, tuple[int, int]]]] = []
+    made: list[tuple[dict[str, ReadSet], dict[str, str]]] = []
     error = attempt(
         lambda: made.append(
             wants_and_fallback(weights.foreseen(layout) or recorded(model, layout, weights.conversion), layout)
@@ -46,7 +45,8 @@ def survey(
         rank=start.rank,
         device=weights.device,
     )
-    wants, fallback, used = made[0] if made else ({}, {}, {})
+    wants, fallback = made[0] if made else ({}, {})
+    names = [weight.name for weight in layout.weights]
     text = json.dumps(to_plain(wants))
     fact = {
         "error": error,
@@ -54,11 +54,11 @@ def survey(
         "node": start.node,
         "off_loaded": payload["in_cpu_memory"] and weights.device.type != "cpu",
     }
-    frames = exchange(fact, json.dumps([used, fallback]).encode())
+    frames = exchange(fact, json.dumps([to_numbers(wants, names), fallback]).encode())
     raise_first(frames, ranks)
     facts = [header for header, _ in frames]
     found = [json.loads(blob) for _, blob in frames]
-    check_all_used(layout, optional, [used for used, _ in found])
+    check_all_used(layout, optional, [from_numbers(used, names) for used, _ in found])
     # Ranks of all replicas read the same as those of the first: one of them says what.
     keys = [header["wants"] for header in facts]
     is_first = keys.index(fact["wants"]) == ranks.index(start.rank)
@@ -70,21 +70,17 @@ def survey(
     }
 
 
-def wants_and_fallback(
-    loads: Loads, layout: SourceLayout
-) -> tuple[dict[str, Want], dict[str, str], dict[str, tuple[int, int]]]:
-    """What this rank would read of each weight, which weights it would read whole for the model's own loader and why,
-    and the first and last element of each that it reads.
+def wants_and_fallback(loads: Loads, layout: SourceLayout) -> tuple[dict[str, ReadSet], dict[str, str]]:
+    """What this rank would read of each weight, and which weights it would read whole for the model's own loader and
+    why.
 
     Args:
         loads: how the weights of `layout` load.
     """
     by_name = {weight.name: weight for weight in layout.weights}
-    wants = wants_of(loads.copies, {name: weight.shape for name, weight in by_name.items()})
-    used = coverage.reach(loads.copies)
+    wants = read_sets_of(loads.copies, {name: weight.shape for name, weight in by_name.items()})
     for weight in (by_name[name] for name in loads.fallback):
         size = math.prod(weight.shape)
         parts = (tuple(((0, extent),) for extent in weight.shape or (1,)),)
-        wants[weight.name] = Want(parts, size * ITEM_SIZE[weight.dtype])
-        used[weight.name] = (0, size - 1)
-    return wants, loads.fallback, used
+        wants[weight.name] = ReadSet(parts, size * ITEM_SIZE[weight.dtype])
+    return wants, loads.fallback

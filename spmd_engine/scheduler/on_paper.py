@@ -22,7 +22,7 @@ import torch
 from spmd_engine.control.messages import PROTOCOL, LinkAddress, Start
 from spmd_engine.errors import ConfigError, ErrorReport, SpmdEngineError
 from spmd_engine.planning.layout import SourceLayout, Weight
-from spmd_engine.planning.read_sets import to_plain
+from spmd_engine.planning.read_sets import from_plain, to_plain
 from spmd_engine.scheduler.adapter import starting
 from spmd_engine.scheduler.explain import wants_and_fallback
 from spmd_engine.scheduler.recording.checkpoint_format import Conversion, Described
@@ -85,7 +85,7 @@ def _answer(question: Question) -> dict[str, Any]:
             raise ErrorReport(kind, message, rank).to_exception()
     recorded = {name for found in ranks for name in found["given"]}
     part = SourceLayout(tuple(_weight(weight) for weight in weights if weight[0] in recorded), ())
-    check_all_used(part, frozenset(optional), [found["used"] for found in ranks])
+    check_all_used(part, frozenset(optional), [from_plain(found["wants"]) for found in ranks])
     return {"weights": weights, "ranks": [{k: found[k] for k in ("wants", "fallback", "like")} for found in ranks]}
 
 
@@ -102,11 +102,10 @@ def _record_rank(rank: int) -> dict[str, Any]:
         left_out = {stem for stem, first in like.items() if stem != first}
         layout = SourceLayout(tuple(_weight(weight) for weight in given), ())
         loads = recorded(model, layout, conversion, covers=lambda parameter: _stem(parameter) not in left_out)
-        wants, fallback, used = wants_and_fallback(loads, layout)
+        wants, fallback = wants_and_fallback(loads, layout)
         return {
             "wants": to_plain(wants),
             "fallback": fallback,
-            "used": used,
             "like": like,
             "given": [weight[0] for weight in given],
         }

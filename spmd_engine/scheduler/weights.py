@@ -18,9 +18,10 @@ from spmd_engine.control.channel import Channel
 from spmd_engine.control.framing import Frame
 from spmd_engine.control.messages import Start
 from spmd_engine.errors import SpmdEngineError, WeightsInconsistentError
-from spmd_engine.planning import bucket_plan, coverage
+from spmd_engine.planning import bucket_plan
 from spmd_engine.planning.layout import SourceLayout, Weight, contiguous_strides
 from spmd_engine.planning.plan import RecordedCopy, TransferPlan, build_plan, numbered
+from spmd_engine.planning.read_sets import ReadSet, from_numbers, read_sets_of, to_numbers
 from spmd_engine.scheduler.adapter import memory as sglang_memory
 from spmd_engine.scheduler.adapter import model as sglang_model
 from spmd_engine.scheduler.bucket_setup import Staging
@@ -55,7 +56,7 @@ class _Prepared:
     plan: TransferPlan  # of what is read in place
     buffers: dict[str, torch.Tensor]  # whole weights for the fallback
     converted: frozenset[str]  # those of them that the loader knows under other names
-    used: dict[str, tuple[int, int]]
+    used: dict[str, ReadSet]
     record_s: float
     plan_s: float
     transfer: direct.Transfer
@@ -313,11 +314,13 @@ class WeightsKeeper:
         made: list[tuple[_Prepared, TransferPlan]] = []
         memories = {rank: self._memories[rank] for rank in ranks}
         error = self._attempt(lambda: made.append(self._prepare(key, memories, nodes)))
-        used = made[0][0].used if made else {}
+        layout, optional = self._layouts[key]
+        names = [weight.name for weight in layout.weights]
+        used = to_numbers(made[0][0].used if made else {}, names)
         frames = exchange({"error": error}, json.dumps(used).encode())
         raise_first(frames, ranks)
-        layout, optional = self._layouts[key]
-        check_all_used(layout, optional, [json.loads(blob) for _, blob in frames])
+        said = dict.fromkeys(blob for _, blob in frames)  # ranks of all replicas read the same
+        check_all_used(layout, optional, [from_numbers(json.loads(blob), names) for blob in said])
         prepared, rest = made[0]
         # The same on all ranks: whether any of them has something that it cannot read in place.
         if any(direct.unreachable(memories, nodes, rank, self.device) for rank in ranks):
@@ -347,7 +350,7 @@ class WeightsKeeper:
         plan, rest = (
             bucket_plan.split(everything, staged, rank=self._rank) if staged else (everything, bucket_plan.NOTHING)
         )
-        used = {**coverage.reach(loads.copies), **coverage.reach(whole)}
+        used = read_sets_of([*loads.copies, *whole], {name: weight.shape for name, weight in by_name.items()})
         prepared = _Prepared(
             layout=layout,
             plan=plan,
