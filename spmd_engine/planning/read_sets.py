@@ -16,7 +16,8 @@ import numpy as np
 
 from spmd_engine.planning.dtypes import ITEM_SIZE
 from spmd_engine.planning.layout import Box, Shape
-from spmd_engine.planning.plan import RecordedCopy, axis_steps
+from spmd_engine.planning.plan import RecordedCopy
+from spmd_engine.planning.views import axis_steps
 
 # Half-open intervals of indices, ascending, which do not touch.
 Runs = tuple[tuple[int, int], ...]
