@@ -68,7 +68,7 @@ def _parts_of(views: list[_View], shape: Shape) -> tuple[Part, ...]:
         if all(sizes):
             for axes in axis_steps(sizes, offset, strides, shape):
                 parts.append(tuple(_runs(first, steps) for first, steps in axes))
-    return _merged(parts) if parts else ()
+    return _merge(parts) if parts else ()
 
 
 def count(parts: Iterable[Part], boxes: Sequence[Box], shape: Shape) -> np.ndarray:
@@ -153,10 +153,10 @@ def _runs(first: int, steps: list[tuple[int, int]]) -> Runs:
             length *= size
         else:
             starts = (starts[:, None] + np.arange(size, dtype=np.int64) * step).ravel()
-    return _joined((int(start), int(start) + length) for start in starts)
+    return _join((int(start), int(start) + length) for start in starts)
 
 
-def _joined(runs: Iterable[tuple[int, int]]) -> Runs:
+def _join(runs: Iterable[tuple[int, int]]) -> Runs:
     """Disjoint runs in order, those that touch made one."""
     found: list[tuple[int, int]] = []
     for start, stop in sorted(runs):
@@ -167,7 +167,7 @@ def _joined(runs: Iterable[tuple[int, int]]) -> Runs:
     return tuple(found)
 
 
-def _merged(parts: list[Part]) -> tuple[Part, ...]:
+def _merge(parts: list[Part]) -> tuple[Part, ...]:
     """The same elements in fewer parts: those that differ along one dimension alone become one."""
     for axis in range(len(parts[0])):
         groups: dict[tuple[Part, Part], list[Runs]] = {}
@@ -175,7 +175,7 @@ def _merged(parts: list[Part]) -> tuple[Part, ...]:
             groups.setdefault((part[:axis], part[axis + 1 :]), []).append(part[axis])
         parts = []
         for (before, after), along in groups.items():
-            runs = _joined(run for several in along for run in several)
+            runs = _join(run for several in along for run in several)
             is_disjoint = all(one[1] < other[0] for one, other in pairwise(runs))
             parts += [(*before, each, *after) for each in ([runs] if is_disjoint else along)]
     return tuple(sorted(parts))

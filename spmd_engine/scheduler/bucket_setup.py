@@ -16,7 +16,7 @@ from spmd_engine.control.framing import Frame
 from spmd_engine.control.messages import Packing, Start
 from spmd_engine.planning import bucket_plan
 from spmd_engine.planning.plan import TransferPlan
-from spmd_engine.transfer.bucketed import Network, StagedTransfer, join_store, serve_store
+from spmd_engine.transfer.bucketed import BucketedTransfer, Network, join_store, serve_store
 from spmd_engine.transfer.handles import OpenHandles, ShardMemory
 from spmd_engine.transfer.packing import PackLink
 
@@ -43,7 +43,7 @@ class Staging:
         nodes: Mapping[int, int],
         exchange: Exchange,
         bucket_bytes: int,
-    ) -> StagedTransfer:
+    ) -> BucketedTransfer:
         """Plan with all ranks how the rest comes, and connect to them.
 
         Args:
@@ -57,16 +57,18 @@ class Staging:
         """
         ranks, rank = tuple(memories), self._start.rank
         tried = partial(attempt, rank=rank, device=self._device)
-        frames = exchange({}, bucket_plan.wants(rest).tobytes())
-        wanted = {r: np.frombuffer(blob, bucket_plan.WANT_DTYPE) for r, (_, blob) in zip(ranks, frames, strict=True)}
-        made: list[StagedTransfer] = []
+        frames = exchange({}, bucket_plan.request_packs(rest).tobytes())
+        wanted = {
+            r: np.frombuffer(blob, bucket_plan.PACK_REQUEST_DTYPE) for r, (_, blob) in zip(ranks, frames, strict=True)
+        }
+        made: list[BucketedTransfer] = []
         offers: list[Frame] = []
         stores: list[dist.Store] = []
 
         def make() -> None:
-            plan = bucket_plan.plan_stages(rest, wanted, rank=rank, nodes=nodes, bucket_bytes=bucket_bytes)
+            plan = bucket_plan.plan_buckets(rest, wanted, rank=rank, nodes=nodes, bucket_bytes=bucket_bytes)
             trainer = self._link_to_packer() if memories[rank].is_cpu else None
-            made.append(StagedTransfer(plan, rank=rank, device=self._device, handles=self._handles, trainer=trainer))
+            made.append(BucketedTransfer(plan, rank=rank, device=self._device, handles=self._handles, trainer=trainer))
             header, blob = made[0].offer()
             if plan.is_network and ranks not in self._networks and rank == ranks[0]:
                 store, port = serve_store(self._start.host, self._start.timeout_s)

@@ -37,7 +37,7 @@ from spmd_engine.scheduler.recording.loading import (
 from spmd_engine.scheduler.recording.recording import DTYPES
 from spmd_engine.stats import UpdateStats
 from spmd_engine.transfer import direct
-from spmd_engine.transfer.bucketed import StagedTransfer
+from spmd_engine.transfer.bucketed import BucketedTransfer
 from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError
 from spmd_engine.transfer.fingerprint import Probe
 from spmd_engine.transfer.handles import OpenHandles, ShardMemory
@@ -60,7 +60,7 @@ class _Prepared:
     record_s: float
     plan_s: float
     transfer: direct.Transfer
-    staged: StagedTransfer | None  # what cannot be read in place
+    staged: BucketedTransfer | None  # what cannot be read in place
     has_constants: bool  # the loader fills some elements by itself
     derivations: list[Callable[[], Any]]  # of tensors that are no parameters
     target: Probe  # a loader that replaces a parameter makes the plan void
