@@ -190,7 +190,10 @@ def _select(plan: TransferPlan, chosen: np.ndarray, rank: int) -> TransferPlan:
 
 def _bytes(table: np.ndarray) -> np.ndarray:
     """Bytes that each block reads."""
-    return table["rows"].astype(np.int64) * table["row_elems"].astype(np.int64) * ITEM_SIZES[table["src_dtype"]]
+    found: np.ndarray = (
+        table["rows"].astype(np.int64) * table["row_elems"].astype(np.int64) * ITEM_SIZES[table["src_dtype"]]
+    )
+    return found
 
 
 def _requests_of(bucketed: TransferPlan) -> np.ndarray:
@@ -206,7 +209,8 @@ def _requests_of(bucketed: TransferPlan) -> np.ndarray:
 
 
 def _of_sender(requests: np.ndarray, sender: int) -> np.ndarray:
-    return requests[requests["source"] == sender]
+    found: np.ndarray = requests[requests["source"] == sender]
+    return found
 
 
 def _routes(

@@ -215,7 +215,8 @@ def _below(runs: Runs, limit: np.ndarray) -> np.ndarray:
     """How many indices of `runs` are below each limit."""
     bounds = np.array(runs, dtype=np.int64)
     starts, lengths = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
-    return np.clip(limit[:, None] - starts, 0, lengths).sum(axis=1)
+    found: np.ndarray = np.clip(limit[:, None] - starts, 0, lengths).sum(axis=1)
+    return found
 
 
 def _before(part: Part, limit: np.ndarray, shape: Shape) -> np.ndarray:
