@@ -15,7 +15,7 @@ from spmd_engine.doctor.findings import as_text, exit_status
 from spmd_engine.errors import SpmdEngineError
 from spmd_engine.on_paper.model_shapes import SHAPES
 from spmd_engine.on_paper.plan import PLACEMENTS, Cluster, plan_on_paper
-from spmd_engine.planning.layout import ITEM_SIZE
+from spmd_engine.planning.dtypes import ITEM_SIZE
 from spmd_engine.planning.report import LinkSpeeds
 
 _PLAN = """What a weight update moves in a cluster of any shape, and how long it must take at least: without GPUs and

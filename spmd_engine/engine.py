@@ -301,7 +301,7 @@ class SpmdEngine(LeaderCalls, MemoryCalls):
         with self._client.collective("explain") as call:
             body = self._updates.prepare_explain(call, source, rename=rename)
             found = call.finish(body, Explained)
-        read_sets = {key: unpack(packed) for key, packed in found.read_sets.items()}
+        read_sets = {key: unpack(packed, body.layout.names()) for key, packed in found.read_sets.items()}
         reads = dict(zip(body.holders, found.ranks, strict=True))
         return make_report(
             body.layout,

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from spmd_engine.control import codec
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ElementType
 from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.transfer import _native
 from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError

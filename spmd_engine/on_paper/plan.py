@@ -23,8 +23,9 @@ import msgspec
 
 from spmd_engine.errors import ConfigError, ErrorReport, SchedulerError
 from spmd_engine.on_paper.model_shapes import SHAPES, model_directory
-from spmd_engine.planning.layout import ITEM_SIZE, Mesh, Placement, Replicate, Shard, SourceLayout, Weight
-from spmd_engine.planning.read_sets import PackedReadSets, Want, unpack
+from spmd_engine.planning.dtypes import ITEM_SIZE
+from spmd_engine.planning.layout import Mesh, Placement, Replicate, Shard, SourceLayout, Weight
+from spmd_engine.planning.read_sets import PackedReadSets, ReadSet, unpack
 from spmd_engine.planning.report import LinkSpeeds, PlanReport, make_report
 from spmd_engine.trainer.environment import child_environment
 
@@ -105,13 +106,13 @@ def plan_on_paper(
         path = _plain_model(os.fspath(model), Path(scratch))
         answer = _ask(path, cluster, server_args or {}, Path(scratch))
     names = [name for name, *_ in answer["weights"]]
-    readers: list[dict[str, Want]] = []
+    readers: list[dict[str, ReadSet]] = []
     fallback: dict[str, str] = {}
     firsts: dict[str, str] = {}
     for number, rank in enumerate(answer["ranks"]):
         if not number or rank["like"] != answer["ranks"][number - 1]["like"]:
             firsts = _firsts(rank["like"], names)
-        readers.append(_expanded(unpack(msgspec.convert(rank["wants"], PackedReadSets)), firsts))
+        readers.append(_expanded(unpack(msgspec.convert(rank["wants"], PackedReadSets), names), firsts))
         fallback |= _expanded(rank["fallback"], firsts)
     mesh = Mesh((cluster.replicate, cluster.fsdp), tuple(range(cluster.world)))
     weights = []
@@ -191,7 +192,7 @@ def _expanded(found: Mapping[str, T], firsts: Mapping[str, str]) -> dict[str, T]
     return {name: found[first] for name, first in firsts.items() if first in found}
 
 
-def _placement(cluster: Cluster, name: str, shape: tuple[int, ...], want: Want | None) -> Placement:
+def _placement(cluster: Cluster, name: str, shape: tuple[int, ...], want: ReadSet | None) -> Placement:
     dim = 0
     if cluster.placement == "shard1":
         dim = min(1, len(shape) - 1)

@@ -1,8 +1,8 @@
 """Which bytes travel in which bucket, where the engine cannot read shards in place: on another node, say.
 
-A stage carries what one sender has for one node. The sender packs blocks into a bucket, the bucket moves, and every
+A route carries what one sender has for one node. The sender packs blocks into a bucket, the bucket moves, and every
 rank of the node unpacks from it what it wants: a byte that several of them want comes once. Buckets are small, so a
-stage takes several steps; all stages of an update take theirs together. A pure function of its arguments, like
+route takes several steps; all routes of an update take theirs together. A pure function of its arguments, like
 `plan.py`: every rank works out the same from what all of them want.
 """
 
@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ITEM_SIZES
 from spmd_engine.planning.plan import TransferPlan
 
 #: A block that a rank wants packed: the rank that holds it, the index of its weight in the source layout, the bytes
 #: from the start of the shard, rows and elements a row, bytes from a row to the next, and the codes of the dtypes in
 #: which it lies and in which it travels.
-WANT_DTYPE = np.dtype(
+PACK_REQUEST_DTYPE = np.dtype(
     [
         ("source", "<i4"),
         ("weight", "<i4"),
@@ -33,8 +34,6 @@ WANT_DTYPE = np.dtype(
     ]
 )
 _ALIGN = 64
-#: Bytes of an element, by the code of its dtype.
-ITEM_SIZES = np.array([kind.itemsize for kind in ElementType], dtype=np.int64)
 # Buckets of a rank. What is packed may be read by others of the node one step later, so three of them take turns.
 PACKED, ARRIVED = (0, 1, 2), (3, 4)
 BUCKETS = len(PACKED) + len(ARRIVED)
@@ -43,7 +42,7 @@ NOTHING = TransferPlan(np.zeros(0, BLOCK_COPY_DTYPE), np.zeros(0, np.int64), np.
 
 
 @dataclass(frozen=True, order=True)
-class Stage:
+class Route:
     """What `sender` has for the ranks of `node`.
 
     Attributes:
@@ -78,112 +77,112 @@ class Step:
 
 
 @dataclass(frozen=True)
-class StagedPlan:
+class BucketPlan:
     """All steps of one rank, in which the others of the update take theirs; some ranks may need more.
 
     Attributes:
         steps: of this rank.
-        stages: of all ranks.
+        routes: of all ranks.
         network_bytes: that arrive at this rank from other nodes.
         staged_bytes: that this rank unpacks, as they travel.
     """
 
     steps: tuple[Step, ...]
-    stages: tuple[Stage, ...]
+    routes: tuple[Route, ...]
     network_bytes: int
     staged_bytes: int
 
     @property
     def is_network(self) -> bool:
         """Whether any rank sends to another node."""
-        return any(stage.is_network for stage in self.stages)
+        return any(route.is_network for route in self.routes)
 
 
-def split(plan: TransferPlan, staged: Iterable[int], *, rank: int) -> tuple[TransferPlan, TransferPlan]:
-    """A plan of `rank` as its blocks from ranks that can be read in place, and those from the ranks `staged`."""
-    via = np.isin(plan.rank, list(staged))
-    return _part(plan, ~via, rank), _part(plan, via, rank)
+def split(plan: TransferPlan, bucketed: Iterable[int], *, rank: int) -> tuple[TransferPlan, TransferPlan]:
+    """A plan of `rank` as its blocks from ranks that can be read in place, and those from the ranks `bucketed`."""
+    via = np.isin(plan.rank, list(bucketed))
+    return _select(plan, ~via, rank), _select(plan, via, rank)
 
 
-def wants(staged: TransferPlan) -> np.ndarray:
-    """What a rank wants packed, by `WANT_DTYPE`, each block once. A cast that makes it smaller comes before the way."""
-    return np.unique(_wanted(staged))
+def request_packs(bucketed: TransferPlan) -> np.ndarray:
+    """What a rank wants packed, by `PACK_REQUEST_DTYPE`, each block once. A cast that shrinks it is made first."""
+    return np.unique(_requests_of(bucketed))
 
 
-def plan_stages(
-    staged: TransferPlan,
-    wanted: Mapping[int, np.ndarray],
+def plan_buckets(
+    bucketed: TransferPlan,
+    requests: Mapping[int, np.ndarray],
     *,
     rank: int,
     nodes: Mapping[int, int],
     bucket_bytes: int,
-) -> StagedPlan:
+) -> BucketPlan:
     """The steps of one rank.
 
     Args:
-        staged: the blocks that it wants and cannot read in place.
-        wanted: `wants` of every rank of the update, by rank, in the order in which all of them know the ranks.
+        bucketed: the blocks that it wants and cannot read in place.
+        requests: `request_packs` of every rank of the update, by rank, in an order that all of them know.
         nodes: number of the node of every rank.
         bucket_bytes: size of a bucket.
     """
-    ranks = tuple(wanted)
+    ranks = tuple(requests)
     by_node = {node: [r for r in ranks if nodes[r] == node] for node in sorted(set(nodes.values()))}
-    stages = tuple(sorted(_stages(wanted, nodes, by_node)))
-    crowd = Counter(end for stage in stages for end in (("out", stage.sender), ("in", stage.receiver)))
+    routes = tuple(sorted(_routes(requests, nodes, by_node)))
+    crowd = Counter(end for route in routes for end in (("out", route.sender), ("in", route.receiver)))
     limit = max(1, bucket_bytes // max(crowd.values(), default=1) // _ALIGN) * _ALIGN
-    outgoing = [stage for stage in stages if stage.sender == rank]
-    incoming = [stage for stage in stages if stage.node == nodes[rank]]
+    outgoing = [route for route in routes if route.sender == rank]
+    incoming = [route for route in routes if route.node == nodes[rank]]
     packed, packs, unpacks = {}, {}, {}
-    own = _wanted(staged)
-    for stage in {*outgoing, *incoming}:
-        blocks = np.unique(np.concatenate([_of_sender(wanted[r], stage.sender) for r in by_node[stage.node]]))
-        packed[stage] = _Packed.make(blocks, limit)
-        if stage in outgoing:
-            packs[stage] = packed[stage].pack()
-        if stage in incoming:
-            mine = own["source"] == stage.sender
-            unpacks[stage] = packed[stage].unpack(own[mine], staged.table[mine])
+    own = _requests_of(bucketed)
+    for route in {*outgoing, *incoming}:
+        blocks = np.unique(np.concatenate([_of_sender(requests[r], route.sender) for r in by_node[route.node]]))
+        packed[route] = _Packed.make(blocks, limit)
+        if route in outgoing:
+            packs[route] = packed[route].pack()
+        if route in incoming:
+            mine = own["source"] == route.sender
+            unpacks[route] = packed[route].unpack(own[mine], bucketed.table[mine])
     steps = []
-    for number in range(max((len(packed[stage].sizes) for stage in packed), default=0)):
+    for number in range(max((len(packed[route].sizes) for route in packed), default=0)):
         sends, receives, arrived = (dict.fromkeys(ranks, 0) for _ in range(3))
         pack, unpack = [], []
         kept = at = 0
-        for stage in sorted(outgoing, key=lambda stage: (stage.is_network, ranks.index(stage.receiver))):
-            size = packed[stage].size(number)
-            pack.append(packs[stage].at(number, "dst", at, rank))
+        for route in sorted(outgoing, key=lambda route: (route.is_network, ranks.index(route.receiver))):
+            size = packed[route].size(number)
+            pack.append(packs[route].at(number, "dst", at, rank))
             at += size
-            if stage.is_network:
-                sends[stage.receiver] = size
+            if route.is_network:
+                sends[route.receiver] = size
             else:
                 kept = size
-        for stage in sorted(incoming, key=lambda stage: ranks.index(stage.sender)):
-            size = packed[stage].size(number)
-            base = arrived[stage.receiver] if stage.is_network else 0
-            moves = unpacks[stage].at(number, "src", base, stage.receiver)
-            turn = ARRIVED if stage.is_network else PACKED
+        for route in sorted(incoming, key=lambda route: ranks.index(route.sender)):
+            size = packed[route].size(number)
+            base = arrived[route.receiver] if route.is_network else 0
+            moves = unpacks[route].at(number, "src", base, route.receiver)
+            turn = ARRIVED if route.is_network else PACKED
             unpack.append(replace(moves, weight=np.full(len(moves.table), turn[number % len(turn)], np.int64)))
-            if stage.is_network:
-                arrived[stage.receiver] += size
-                if stage.receiver == rank:
-                    receives[stage.sender] = size
+            if route.is_network:
+                arrived[route.receiver] += size
+                if route.receiver == rank:
+                    receives[route.sender] = size
         steps.append(
             Step(
-                pack=_joined(pack),
-                unpack=_joined(unpack),
+                pack=_join(pack),
+                unpack=_join(unpack),
                 sends=tuple(sends.values()),
                 receives=tuple(receives.values()),
                 kept=kept,
             )
         )
-    return StagedPlan(
+    return BucketPlan(
         steps=tuple(steps),
-        stages=stages,
+        routes=routes,
         network_bytes=sum(sum(step.receives) for step in steps),
         staged_bytes=sum(int(_bytes(step.unpack.table).sum()) for step in steps),
     )
 
 
-def _part(plan: TransferPlan, chosen: np.ndarray, rank: int) -> TransferPlan:
+def _select(plan: TransferPlan, chosen: np.ndarray, rank: int) -> TransferPlan:
     moved = _bytes(plan.table[chosen])
     local = int(moved[plan.rank[chosen] == rank].sum())
     return TransferPlan(plan.table[chosen], plan.rank[chosen], plan.weight[chosen], local, int(moved.sum()) - local)
@@ -191,14 +190,17 @@ def _part(plan: TransferPlan, chosen: np.ndarray, rank: int) -> TransferPlan:
 
 def _bytes(table: np.ndarray) -> np.ndarray:
     """Bytes that each block reads."""
-    return table["rows"].astype(np.int64) * table["row_elems"].astype(np.int64) * ITEM_SIZES[table["src_dtype"]]
+    found: np.ndarray = (
+        table["rows"].astype(np.int64) * table["row_elems"].astype(np.int64) * ITEM_SIZES[table["src_dtype"]]
+    )
+    return found
 
 
-def _wanted(staged: TransferPlan) -> np.ndarray:
-    """The want of each block of a plan."""
-    table = staged.table
-    rows = np.zeros(len(table), WANT_DTYPE)
-    rows["source"], rows["weight"] = staged.rank, staged.weight
+def _requests_of(bucketed: TransferPlan) -> np.ndarray:
+    """The request for each block of a plan."""
+    table = bucketed.table
+    rows = np.zeros(len(table), PACK_REQUEST_DTYPE)
+    rows["source"], rows["weight"] = bucketed.rank, bucketed.weight
     for name in ("src", "rows", "row_elems", "src_pitch", "src_dtype"):
         rows[name] = table[name]
     shrinks = ITEM_SIZES[table["dst_dtype"]] < ITEM_SIZES[table["src_dtype"]]
@@ -206,33 +208,34 @@ def _wanted(staged: TransferPlan) -> np.ndarray:
     return rows
 
 
-def _of_sender(wanted: np.ndarray, sender: int) -> np.ndarray:
-    return wanted[wanted["source"] == sender]
+def _of_sender(requests: np.ndarray, sender: int) -> np.ndarray:
+    found: np.ndarray = requests[requests["source"] == sender]
+    return found
 
 
-def _stages(
-    wanted: Mapping[int, np.ndarray], nodes: Mapping[int, int], by_node: Mapping[int, list[int]]
-) -> Iterator[Stage]:
+def _routes(
+    requests: Mapping[int, np.ndarray], nodes: Mapping[int, int], by_node: Mapping[int, list[int]]
+) -> Iterator[Route]:
     """One for every sender and node. Those that come to a node from another one go to its ranks in turn."""
     for node, members in by_node.items():
-        for sender in sorted({int(s) for member in members for s in np.unique(wanted[member]["source"])}):
+        for sender in sorted({int(s) for member in members for s in np.unique(requests[member]["source"])}):
             if nodes[sender] == node:
-                yield Stage(sender, node, sender)
+                yield Route(sender, node, sender)
             else:
                 place = by_node[nodes[sender]].index(sender)
-                yield Stage(sender, node, members[place % len(members)])
+                yield Route(sender, node, members[place % len(members)])
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """How the blocks of a stage lie in its buckets, cut into chunks.
+    """How the blocks of a route lie in its buckets, cut into fragments.
 
     Attributes:
-        blocks: by `WANT_DTYPE`, each once, sorted.
+        blocks: by `PACK_REQUEST_DTYPE`, each once, sorted.
         sizes: bytes of each step.
-        block, row, elem: of each chunk its block, and where in it the chunk begins.
-        rows, elems: extent of each chunk.
-        step, offset: the step in which each chunk travels, and its offset in that step's share of a bucket, bytes.
+        block, row, elem: of each fragment its block, and where in it the fragment begins.
+        rows, elems: extent of each fragment.
+        step, offset: the step in which each fragment travels, and its offset in that step's share of a bucket, bytes.
     """
 
     blocks: np.ndarray
@@ -248,7 +251,7 @@ class _Packed:
     @staticmethod
     def make(blocks: np.ndarray, limit: int) -> _Packed:
         """Fill buckets of at most `limit` bytes one after the other."""
-        chunks: list[tuple[int, ...]] = []
+        fragments: list[tuple[int, ...]] = []
         sizes = [0]
         items = ITEM_SIZES[blocks["packed_dtype"]].tolist()
         extents = zip(items, blocks["rows"].tolist(), blocks["row_elems"].tolist(), strict=True)
@@ -262,11 +265,11 @@ class _Packed:
                 if not count:
                     sizes.append(0)
                     continue
-                chunks.append((number, row, elem, take, count, len(sizes) - 1, sizes[-1]))
+                fragments.append((number, row, elem, take, count, len(sizes) - 1, sizes[-1]))
                 sizes[-1] = min(limit, -(-(sizes[-1] + take * count * item) // _ALIGN) * _ALIGN)
                 elem = (elem + count) % elems
                 row += take if not elem else 0
-        columns = np.array(chunks, dtype=np.int64).reshape(len(chunks), 7).T
+        columns = np.array(fragments, dtype=np.int64).reshape(len(fragments), 7).T
         return _Packed(blocks, sizes, *columns)
 
     def size(self, step: int) -> int:
@@ -285,23 +288,25 @@ class _Packed:
         table["src_dtype"], table["dst_dtype"] = of["src_dtype"], of["packed_dtype"]
         return _Moves(table, of["weight"].astype(np.int64), self.step)
 
-    def unpack(self, wanted: np.ndarray, rows: np.ndarray) -> _Moves:
-        """From the bucket to where the `rows` of a copy table want it, of which `wanted` has the wants."""
-        _, index = np.unique(np.concatenate([self.blocks, wanted]), return_inverse=True)
+    def unpack(self, requests: np.ndarray, rows: np.ndarray) -> _Moves:
+        """From the bucket to where the `rows` of a copy table want it, of which `requests` has the requests."""
+        _, index = np.unique(np.concatenate([self.blocks, requests]), return_inverse=True)
         block = index[len(self.blocks) :]  # of each row
         first, last = (np.searchsorted(self.block, block, side) for side in ("left", "right"))
-        count = last - first  # chunks of each row
+        count = last - first  # fragments of each row
         row = np.repeat(np.arange(len(rows)), count)
-        chunk = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + first[row]
-        of, kind = rows[row], wanted["packed_dtype"][row]
+        fragment = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + first[row]
+        of, kind = rows[row], requests["packed_dtype"][row]
         table = np.zeros(len(row), BLOCK_COPY_DTYPE)
-        table["src"] = self.offset[chunk]
+        table["src"] = self.offset[fragment]
         dst_item = ITEM_SIZES[of["dst_dtype"]]
-        table["dst"] = of["dst"].astype(np.int64) + self.row[chunk] * of["dst_pitch"] + self.elem[chunk] * dst_item
-        table["rows"], table["row_elems"] = self.rows[chunk], self.elems[chunk]
-        table["src_pitch"], table["dst_pitch"] = self.elems[chunk] * ITEM_SIZES[kind], of["dst_pitch"]
+        table["dst"] = (
+            of["dst"].astype(np.int64) + self.row[fragment] * of["dst_pitch"] + self.elem[fragment] * dst_item
+        )
+        table["rows"], table["row_elems"] = self.rows[fragment], self.elems[fragment]
+        table["src_pitch"], table["dst_pitch"] = self.elems[fragment] * ITEM_SIZES[kind], of["dst_pitch"]
         table["src_dtype"], table["dst_dtype"] = kind, of["dst_dtype"]
-        return _Moves(table, np.zeros(len(row), np.int64), self.step[chunk])
+        return _Moves(table, np.zeros(len(row), np.int64), self.step[fragment])
 
 
 @dataclass(frozen=True)
@@ -320,7 +325,7 @@ class _Moves:
         return TransferPlan(table, np.full(len(table), rank, np.int64), self.weight[now], 0, 0)
 
 
-def _joined(plans: list[TransferPlan]) -> TransferPlan:
+def _join(plans: list[TransferPlan]) -> TransferPlan:
     if not plans:
         return NOTHING
     table, rank, weight = (

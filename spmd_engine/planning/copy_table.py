@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import enum
-from typing import Any
-
 import numpy as np
 
-
-class ElementType(enum.IntEnum):
-    """Codes of ``src_dtype`` and ``dst_dtype``. Equal codes copy bits; unequal ones cast, among F32, F16 and BF16."""
-
-    F32 = 0
-    F16 = 1
-    BF16 = 2
-    RAW8 = 3
-    RAW16 = 4
-    RAW32 = 5
-    RAW64 = 6
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return (4, 2, 2, 1, 2, 4, 8)[self]
-
-
 #: One block copy. Addresses, counts of rows and of elements a row, bytes from a row to the next on each side, the index
-#: of the source's process, and the codes of `ElementType`. Same layout as `BlockCopy` in csrc/copy.hpp.
-BLOCK_COPY_DTYPE: np.dtype[Any] = np.dtype(
+#: of the source's process, and the codes of `dtypes.ElementType`. Same layout as `BlockCopy` in csrc/block_copy.hpp.
+BLOCK_COPY_DTYPE: np.dtype[np.void] = np.dtype(
     [
         ("src", "<u8"),
         ("dst", "<u8"),

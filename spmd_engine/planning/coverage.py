@@ -26,7 +26,7 @@ def as_box(region: Region, base: int, item_size: int, shape: Shape) -> tuple[Sha
         offset %= step
     size = [1] * len(shape)
     wanted = {step: d for d, step in reversed(list(enumerate(contiguous_strides(shape))))}
-    for extent, step in _merged(sizes, strides):
+    for extent, step in _merge(sizes, strides):
         d = wanted.get(step)
         if d is None:
             return None
@@ -41,7 +41,7 @@ def as_box(region: Region, base: int, item_size: int, shape: Shape) -> tuple[Sha
     return tuple(start), tuple(size)
 
 
-def _merged(sizes: Shape, strides: Shape) -> list[tuple[int, int]]:
+def _merge(sizes: Shape, strides: Shape) -> list[tuple[int, int]]:
     """(extent, stride) pairs without those of extent 1, neighbours that are contiguous merged."""
     dims: list[tuple[int, int]] = []
     for extent, step in sorted(zip(sizes, strides, strict=True), key=lambda pair: -pair[1]):
@@ -93,16 +93,6 @@ def last_of_duplicates(copies: Sequence[RecordedCopy]) -> list[RecordedCopy]:
         latest.pop(key, None)
         latest[key] = copy
     return list(latest.values())
-
-
-def reach(copies: Iterable[RecordedCopy]) -> dict[str, tuple[int, int]]:
-    """First and last element of each weight that is read."""
-    found: dict[str, tuple[int, int]] = {}
-    for copy in copies:
-        last = copy.src_offset + sum((n - 1) * s for n, s in zip(copy.sizes, copy.src_strides, strict=True))
-        low, high = found.get(copy.weight, (copy.src_offset, last))
-        found[copy.weight] = (min(low, copy.src_offset), max(high, last))
-    return found
 
 
 def region_of(copy: RecordedCopy) -> Region:

@@ -1,4 +1,4 @@
-"""Where the elements of a weight lie: dtypes, global shapes, boxes and meshes. Pure Python, no torch, no devices.
+"""Where the elements of a weight lie: global shapes, boxes and meshes. Pure Python, no torch, no devices.
 
 A source layout names, for every weight, its global shape and how a mesh of ranks shares it, not each rank's piece;
 the pieces follow from the placements, and `pieces` works them out.
@@ -16,8 +16,6 @@ from typing import Any
 import msgspec
 
 Shape = tuple[int, ...]
-# Element sizes in bytes of the dtypes that a weight may have, by torch's name without "torch.".
-ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Shard(msgspec.Struct, frozen=True, tag=True):
@@ -89,7 +87,7 @@ class Weight:
     Attributes:
         name: its Hugging Face name.
         shape: global shape.
-        dtype: "float32", "float16" or "bfloat16".
+        dtype: one of `dtypes.ELEMENT_TYPES`.
         mesh: index into `SourceLayout.meshes`, or -1: every rank has all of it in its own memory.
         placements: one for each dimension of that mesh.
     """
@@ -112,6 +110,10 @@ class SourceLayout:
 
     weights: tuple[Weight, ...]
     meshes: tuple[Mesh, ...]
+
+    def names(self) -> list[str]:
+        """The names of the weights, in their order."""
+        return [weight.name for weight in self.weights]
 
     def ranks(self) -> tuple[int, ...]:
         """All ranks that hold a shard of something, ascending."""

@@ -4,24 +4,23 @@ A pure function of its arguments: no torch, no device, no communication. A plan 
 recording asks for exactly once, or `build_plan` raises and names what is missing.
 
 The algebra: a recorded copy reads a strided view of a weight, given by an offset and (size, stride) pairs in elements
-of the contiguous global tensor. Each dimension of the view walks along one axis of the weight (`_along_axes`, which
-splits views until that is so), and then the part of the view inside a box is found axis by axis (`_clip`) and is again
-a strided view, now of the piece's memory.
+of the contiguous global tensor. `views.py` writes each dimension of it as steps along one axis of the weight, and cuts
+them axis by axis; the part of the view inside a box is again a strided view, now of the piece's memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
 from spmd_engine.errors import PlanError
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ELEMENT_TYPES, ITEM_SIZE
 from spmd_engine.planning.layout import (
-    ITEM_SIZE,
     Box,
     Piece,
     Shape,
@@ -32,8 +31,7 @@ from spmd_engine.planning.layout import (
     pieces,
     replica_of,
 )
-
-ELEMENT_TYPE = {"float32": ElementType.F32, "float16": ElementType.F16, "bfloat16": ElementType.BF16}
+from spmd_engine.planning.views import Block, Dim, View, along_axes, clip, coalesce
 
 
 @dataclass(frozen=True)
@@ -88,20 +86,6 @@ class TransferPlan:
             rows = self.rank == rank
             table["src"][rows] += addresses[int(rank)][self.weight[rows]]
         return table
-
-
-@dataclass(frozen=True)
-class _Dim:
-    """A dimension of a block: `size` steps of `step` along one axis of the weight, and where that leads."""
-
-    size: int
-    step: int
-    src: int  # stride in the source piece, elements
-    dst: int  # stride in the parameter, elements
-
-
-# Element offsets (in the piece, in the parameter's block) and dimensions.
-Part = tuple[tuple[int, int], list[_Dim]]
 
 
 def build_plan(
@@ -231,29 +215,15 @@ def _holders(weight: Weight, layout: SourceLayout) -> str:
     return "this rank" if weight.mesh < 0 else f"the mesh {list(layout.meshes[weight.mesh].ranks)}"
 
 
-def axis_steps(copy: RecordedCopy, shape: Shape) -> list[list[tuple[int, list[tuple[int, int]]]]]:
-    """The elements that a copy reads of a weight, as disjoint products of index sets.
-
-    Returns:
-        For each product and each dimension of `shape` the first index, and (size, step) pairs that lead from it.
-    """
-    axes = [(extent, 0, extent) for extent in shape or (1,)]
-    view = _View(copy.sizes, copy.src_offset, copy.src_strides, 0, copy.dst_strides)
-    return [
-        [(first, [(size, step) for size, step, _ in dims]) for first, dims in zip(part.origin, part.along, strict=True)]
-        for part in _along_axes(view, axes)
-    ]
-
-
-def _intersect(copy: RecordedCopy, piece: _Held) -> list[Part]:
+def _intersect(copy: RecordedCopy, piece: _Held) -> list[Block]:
     """The parts of a recorded copy inside a piece."""
     axes, local = piece.axes, piece.strides
-    found: list[Part] = []
-    for view in _along_axes(_View(copy.sizes, copy.src_offset, copy.src_strides, 0, copy.dst_strides), axes):
-        parts: list[Part] = [((0, view.dst_offset), [])]
+    found: list[Block] = []
+    for view in along_axes(View(copy.sizes, copy.src_offset, copy.src_strides, 0, copy.dst_strides), axes):
+        parts: list[Block] = [((0, view.dst_offset), [])]
         for axis, (_, low, high) in enumerate(axes):
-            dims = [_Dim(size, step, step * local[axis], dst) for size, step, dst in view.along[axis]]
-            clipped = _clip(dims, low - view.origin[axis], high - view.origin[axis])
+            dims = [Dim(size, step, step * local[axis], dst) for size, step, dst in view.along[axis]]
+            clipped = clip(dims, low - view.origin[axis], high - view.origin[axis])
             base = (view.origin[axis] - low) * local[axis]
             parts = [((src + base + s, dst + d), block + sub) for (src, dst), block in parts for (s, d), sub in clipped]
         found += parts
@@ -288,77 +258,6 @@ def _axis_strides(piece: Piece, cuts: list[tuple[int, int]]) -> list[int]:
     return [strides[last - 1] if last else 1 for _, last in cuts]
 
 
-@dataclass(frozen=True)
-class _View:
-    """A strided block: sizes, and where its elements are in the flat weight and in the parameter."""
-
-    sizes: Shape
-    src_offset: int
-    src_strides: Shape
-    dst_offset: int
-    dst_strides: Shape
-
-    def split(self, d: int, at: int) -> tuple[_View, _View]:
-        """Cut dimension `d` before index `at`."""
-        sizes = list(self.sizes)
-        sizes[d], rest = at, self.sizes[d] - at
-        head = replace(self, sizes=tuple(sizes))
-        sizes[d] = rest
-        tail = replace(
-            self,
-            sizes=tuple(sizes),
-            src_offset=self.src_offset + at * self.src_strides[d],
-            dst_offset=self.dst_offset + at * self.dst_strides[d],
-        )
-        return head, tail
-
-
-@dataclass(frozen=True)
-class _AxisView:
-    """A block as steps along the axes of a weight: for each axis its origin and (size, step, parameter stride)s."""
-
-    origin: list[int]
-    along: list[list[tuple[int, int, int]]]
-    dst_offset: int
-
-
-def _along_axes(view: _View, axes: list[tuple[int, int, int]]) -> list[_AxisView]:
-    """Write a strided view as steps along axes. Where a dimension runs over the end of an axis, the view is split."""
-    extents = [extent for extent, _, _ in axes]
-    strides = contiguous_strides(tuple(extents))
-    origin, rest = [], view.src_offset
-    for stride in strides:
-        origin.append(rest // stride)
-        rest %= stride
-    along: list[list[tuple[int, int, int]]] = [[] for _ in axes]
-    owners: list[list[int]] = [[] for _ in axes]
-    for d, (size, src, dst) in enumerate(zip(view.sizes, view.src_strides, view.dst_strides, strict=True)):
-        if size == 1:
-            continue
-        axis = next(a for a, stride in enumerate(strides) if stride <= src and src % stride == 0)
-        while True:
-            step = src // strides[axis]
-            inner = -(-(extents[axis] - origin[axis]) // step)  # indices that fit from the origin to the axis's end
-            if axis == 0 or size <= inner:
-                break
-            if origin[axis] >= step or extents[axis] % step:  # it does not meet every row of the axis alike
-                return [part for half in view.split(d, inner) for part in _along_axes(half, axes)]
-            if size % inner:
-                return [part for half in view.split(d, size - size % inner) for part in _along_axes(half, axes)]
-            along[axis].append((inner, step, dst))
-            owners[axis].append(d)
-            axis, size, src, dst = axis - 1, size // inner, src * inner, dst * inner
-        along[axis].append((size, step, dst))
-        owners[axis].append(d)
-    for axis in range(1, len(axes)):
-        reach = origin[axis] + sum((size - 1) * step for size, step, _ in along[axis])
-        if reach >= extents[axis]:
-            # Together, two dimensions run over the end: cut the longer-stepped one until each part stays inside.
-            d = max((d for d in owners[axis] if view.sizes[d] > 1), key=lambda d: view.src_strides[d])
-            return [part for half in view.split(d, view.sizes[d] // 2) for part in _along_axes(half, axes)]
-    return [_AxisView(origin, along, view.dst_offset)]
-
-
 def _check_view(copy: RecordedCopy, weight: Weight) -> int:
     """The number, in the flattened weight, of the last element that `copy` wants.
 
@@ -377,46 +276,14 @@ def _check_view(copy: RecordedCopy, weight: Weight) -> int:
     return last
 
 
-def _clip(dims: list[_Dim], low: int, high: int) -> list[Part]:
-    """The index combinations whose position, the sum of index x step, is in [low, high), as blocks.
-
-    Returns:
-        ((source offset, destination offset) in elements, dimensions) of disjoint blocks.
-    """
-    if not dims:
-        return [((0, 0), [])] if low <= 0 < high else []
-    dims = sorted(dims, key=lambda dim: -dim.step)
-    head, tail = dims[0], dims[1:]
-    reach = sum((dim.size - 1) * dim.step for dim in tail)  # how far the inner dimensions go
-    # Indices for which all of the inner block is inside: low <= i * step and i * step + reach < high.
-    first = max(0, -(-low // head.step))
-    last = min(head.size, (high - 1 - reach) // head.step + 1)
-    # Indices for which some of it may be inside.
-    touch_first = max(0, -(-(low - reach) // head.step))
-    touch_last = min(head.size, (high - 1) // head.step + 1)
-    parts: list[Part] = []
-    if last > first:
-        block = [_Dim(last - first, head.step, head.src, head.dst), *tail]
-        parts.append(((first * head.src, first * head.dst), block))
-    else:
-        first, last = touch_last, touch_last
-    for i in [*range(touch_first, min(first, touch_last)), *range(max(last, touch_first), touch_last)]:
-        parts += _shift(_clip(tail, low - i * head.step, high - i * head.step), head, i)
-    return parts
-
-
-def _shift(parts: list[Part], head: _Dim, i: int) -> list[Part]:
-    return [((src + i * head.src, dst + i * head.dst), block) for (src, dst), block in parts]
-
-
-def _rows(copy: RecordedCopy, weight: Weight, offset: tuple[int, int], block: list[_Dim]) -> list[tuple[int, ...]]:
+def _rows(copy: RecordedCopy, weight: Weight, offset: tuple[int, int], block: list[Dim]) -> list[tuple[int, ...]]:
     """Rows of the copy table for one block: two dimensions each, further ones written out."""
     src_item, dst_item = ITEM_SIZE[weight.dtype], ITEM_SIZE[copy.dst_dtype]
-    types = int(ELEMENT_TYPE[weight.dtype]), int(ELEMENT_TYPE[copy.dst_dtype])
-    dims = _coalesce(block)
-    row = dims.pop() if dims and dims[-1].src == 1 and dims[-1].dst == 1 else _Dim(1, 1, 1, 1)
+    types = int(ELEMENT_TYPES[weight.dtype]), int(ELEMENT_TYPES[copy.dst_dtype])
+    dims = coalesce(block)
+    row = dims.pop() if dims and dims[-1].src == 1 and dims[-1].dst == 1 else Dim(1, 1, 1, 1)
     # The largest of the other dimensions becomes the pitch, so that fewest are written out.
-    pitch = max(dims, key=lambda dim: dim.size, default=_Dim(1, 1, 0, 0))
+    pitch = max(dims, key=lambda dim: dim.size, default=Dim(1, 1, 0, 0))
     outer = [dim for dim in dims if dim is not pitch]
     rows: list[tuple[int, ...]] = []
     for at in product(*(range(dim.size) for dim in outer)):
@@ -435,15 +302,3 @@ def _rows(copy: RecordedCopy, weight: Weight, offset: tuple[int, int], block: li
             )
         )
     return rows
-
-
-def _coalesce(block: list[_Dim]) -> list[_Dim]:
-    """Outermost first, neighbours that are contiguous on both sides merged."""
-    merged: list[_Dim] = []
-    for dim in sorted((d for d in block if d.size > 1), key=lambda d: (-abs(d.src), -abs(d.dst))):
-        last = merged[-1] if merged else None
-        if last is not None and last.src == dim.src * dim.size and last.dst == dim.dst * dim.size:
-            merged[-1] = _Dim(last.size * dim.size, dim.step, dim.src, dim.dst)
-        else:
-            merged.append(dim)
-    return merged

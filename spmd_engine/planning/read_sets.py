@@ -13,16 +13,19 @@ from itertools import pairwise
 
 import numpy as np
 
-from spmd_engine.planning.layout import ITEM_SIZE, Box, Shape
-from spmd_engine.planning.plan import RecordedCopy, axis_steps
+from spmd_engine.planning.dtypes import ITEM_SIZE
+from spmd_engine.planning.layout import Box, Shape
+from spmd_engine.planning.plan import RecordedCopy
+from spmd_engine.planning.views import axis_steps
 
 # Half-open intervals of indices, ascending, which do not touch.
 Runs = tuple[tuple[int, int], ...]
 Part = tuple[Runs, ...]
+_View = tuple[Shape, int, Shape]  # sizes, offset and strides in elements
 
 
 @dataclass(frozen=True)
-class Want:
+class ReadSet:
     """What a rank reads of one weight.
 
     Attributes:
@@ -34,22 +37,37 @@ class Want:
     written: int
 
 
-def wants_of(copies: Iterable[RecordedCopy], shapes: Mapping[str, Shape]) -> dict[str, Want]:
+def read_sets_of(copies: Iterable[RecordedCopy], shapes: Mapping[str, Shape]) -> dict[str, ReadSet]:
     """What recorded copies read, by the name of the weight.
 
     Args:
         copies: of one rank.
         shapes: global shapes of the weights.
     """
-    parts: dict[str, list[Part]] = {}
+    views: dict[str, list[_View]] = {}
     written: dict[str, int] = {}
     for copy in copies:
-        found = parts.setdefault(copy.weight, [])
-        for axes in axis_steps(copy, shapes[copy.weight]):
-            found.append(tuple(_runs(first, steps) for first, steps in axes))
+        views.setdefault(copy.weight, []).append((copy.sizes, copy.src_offset, copy.src_strides))
         moved = math.prod(copy.sizes) * ITEM_SIZE[copy.dst_dtype]
         written[copy.weight] = written.get(copy.weight, 0) + moved
-    return {name: Want(_merged(found), written[name]) for name, found in parts.items()}
+    # Layers and experts are read alike: each way of reading is worked out once, and its set is one object.
+    made: dict[tuple[Shape, int, tuple[_View, ...]], ReadSet] = {}
+    found: dict[str, ReadSet] = {}
+    for name, read in views.items():
+        key = (shapes[name], written[name], tuple(read))
+        if key not in made:
+            made[key] = ReadSet(_parts_of(read, shapes[name]), written[name])
+        found[name] = made[key]
+    return found
+
+
+def _parts_of(views: list[_View], shape: Shape) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    for sizes, offset, strides in views:
+        if all(sizes):
+            for axes in axis_steps(sizes, offset, strides, shape):
+                parts.append(tuple(_runs(first, steps) for first, steps in axes))
+    return _merge(parts) if parts else ()
 
 
 def count(parts: Iterable[Part], boxes: Sequence[Box], shape: Shape) -> np.ndarray:
@@ -73,7 +91,7 @@ def count(parts: Iterable[Part], boxes: Sequence[Box], shape: Shape) -> np.ndarr
     return total
 
 
-def united(wants: Iterable[Want]) -> list[Part]:
+def unite(wants: Iterable[ReadSet]) -> list[Part]:
     """The elements that one of several ranks reads, each once: disjoint parts."""
     found: list[Part] = []
     for part in dict.fromkeys(part for want in wants for part in want.parts):
@@ -86,27 +104,52 @@ def united(wants: Iterable[Want]) -> list[Part]:
 
 @dataclass(frozen=True)
 class PackedReadSets:
-    """Read sets by the name of the weight; equal ones, of which there are many, once.
+    """Read sets of weights whose names the other process knows; equal ones, of which there are many, once.
 
     Attributes:
-        numbers: for each weight an index into `sets`.
+        numbers: for each weight, in the order of the names, an index into `sets`; -1 if it is not read.
         sets: what is read.
     """
 
-    numbers: dict[str, int]
-    sets: list[Want]
+    numbers: list[int]
+    sets: list[ReadSet]
 
 
-def pack(wants: Mapping[str, Want]) -> PackedReadSets:
-    """Read sets for another process."""
-    known: dict[Want, int] = {}
-    numbers = {name: known.setdefault(want, len(known)) for name, want in wants.items()}
+def pack(reads: Mapping[str, ReadSet], names: Iterable[str]) -> PackedReadSets:
+    """Read sets for another process, which knows the names."""
+    known: dict[ReadSet, int] = {}
+    numbers = [known.setdefault(reads[name], len(known)) if name in reads else -1 for name in names]
     return PackedReadSets(numbers, list(known))
 
 
-def unpack(packed: PackedReadSets) -> dict[str, Want]:
-    """What `pack` was given; equal read sets are one object."""
-    return {name: packed.sets[number] for name, number in packed.numbers.items()}
+def unpack(packed: PackedReadSets, names: Iterable[str]) -> dict[str, ReadSet]:
+    """What `pack` was given, without other names; equal read sets are one object."""
+    numbered = zip(names, packed.numbers, strict=True)
+    return {name: packed.sets[number] for name, number in numbered if number >= 0}
+
+
+def unpack_distinct(packed: Iterable[PackedReadSets], names: Sequence[str]) -> list[dict[str, ReadSet]]:
+    """What ranks read, without those that read the same as another: ranks of all replicas do."""
+    found: list[PackedReadSets] = []
+    for one in packed:
+        if one not in found:
+            found.append(one)
+    return [unpack(one, names) for one in found]
+
+
+def subtract(parts: Iterable[Part], shape: Shape) -> list[Part]:
+    """The elements of a weight that none of `parts` has, as disjoint parts."""
+    rest: list[Part] = [tuple(((0, extent),) for extent in shape or (1,))] if math.prod(shape) else []
+    for part in parts:
+        if not rest:
+            break
+        rest = [left for whole in rest for left in _without(whole, part)]
+    return rest
+
+
+def elements(part: Part) -> int:
+    """How many elements a part has."""
+    return math.prod(sum(stop - start for start, stop in runs) for runs in part)
 
 
 def _runs(first: int, steps: list[tuple[int, int]]) -> Runs:
@@ -116,10 +159,10 @@ def _runs(first: int, steps: list[tuple[int, int]]) -> Runs:
             length *= size
         else:
             starts = (starts[:, None] + np.arange(size, dtype=np.int64) * step).ravel()
-    return _joined((int(start), int(start) + length) for start in starts)
+    return _join((int(start), int(start) + length) for start in starts)
 
 
-def _joined(runs: Iterable[tuple[int, int]]) -> Runs:
+def _join(runs: Iterable[tuple[int, int]]) -> Runs:
     """Disjoint runs in order, those that touch made one."""
     found: list[tuple[int, int]] = []
     for start, stop in sorted(runs):
@@ -130,7 +173,7 @@ def _joined(runs: Iterable[tuple[int, int]]) -> Runs:
     return tuple(found)
 
 
-def _merged(parts: list[Part]) -> tuple[Part, ...]:
+def _merge(parts: list[Part]) -> tuple[Part, ...]:
     """The same elements in fewer parts: those that differ along one dimension alone become one."""
     for axis in range(len(parts[0])):
         groups: dict[tuple[Part, Part], list[Runs]] = {}
@@ -138,7 +181,7 @@ def _merged(parts: list[Part]) -> tuple[Part, ...]:
             groups.setdefault((part[:axis], part[axis + 1 :]), []).append(part[axis])
         parts = []
         for (before, after), along in groups.items():
-            runs = _joined(run for several in along for run in several)
+            runs = _join(run for several in along for run in several)
             is_disjoint = all(one[1] < other[0] for one, other in pairwise(runs))
             parts += [(*before, each, *after) for each in ([runs] if is_disjoint else along)]
     return tuple(sorted(parts))
@@ -178,7 +221,8 @@ def _below(runs: Runs, limit: np.ndarray) -> np.ndarray:
     """How many indices of `runs` are below each limit."""
     bounds = np.array(runs, dtype=np.int64)
     starts, lengths = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
-    return np.clip(limit[:, None] - starts, 0, lengths).sum(axis=1)
+    found: np.ndarray = np.clip(limit[:, None] - starts, 0, lengths).sum(axis=1)
+    return found
 
 
 def _before(part: Part, limit: np.ndarray, shape: Shape) -> np.ndarray:

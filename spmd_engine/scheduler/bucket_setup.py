@@ -17,7 +17,7 @@ from spmd_engine.control.messages import Packing, Start, ToScheduler
 from spmd_engine.planning import bucket_plan
 from spmd_engine.planning.plan import TransferPlan
 from spmd_engine.planning.shard_memory import ShardMemory
-from spmd_engine.transfer.bucketed import BucketOffer, Network, StagedTransfer, join_store, serve_store
+from spmd_engine.transfer.bucketed import BucketedTransfer, BucketOffer, Network, join_store, serve_store
 from spmd_engine.transfer.handles import OpenHandles
 from spmd_engine.transfer.packing import PackLink
 
@@ -35,7 +35,7 @@ class _Offer(msgspec.Struct, frozen=True):
 
 
 class _Wanted(msgspec.Struct, frozen=True):
-    """What a rank wants packed by others: rows of `WANT_DTYPE`."""
+    """What a rank wants packed by others: rows of `PACK_REQUEST_DTYPE`."""
 
     rows: np.ndarray
 
@@ -64,7 +64,7 @@ class BucketSetup:
         nodes: Mapping[int, int],
         gather: AllGather,
         bucket_bytes: int,
-    ) -> StagedTransfer:
+    ) -> BucketedTransfer:
         """Plan with all ranks how the rest comes, and connect to them.
 
         Args:
@@ -78,16 +78,16 @@ class BucketSetup:
         """
         ranks, rank = tuple(memories), self._start.rank
         tried = partial(attempt, rank=rank, device=self._device)
-        told = gather(_Wanted(bucket_plan.wants(rest)))
+        told = gather(_Wanted(bucket_plan.request_packs(rest)))
         wanted = {r: one.rows for r, one in zip(ranks, told, strict=True)}
-        made: list[StagedTransfer] = []
+        made: list[BucketedTransfer] = []
         buckets: list[BucketOffer] = []
         stores: list[tuple[dist.Store, int]] = []
 
         def make() -> None:
-            plan = bucket_plan.plan_stages(rest, wanted, rank=rank, nodes=nodes, bucket_bytes=bucket_bytes)
+            plan = bucket_plan.plan_buckets(rest, wanted, rank=rank, nodes=nodes, bucket_bytes=bucket_bytes)
             trainer = self._link_to_packer() if memories[rank].is_cpu else None
-            made.append(StagedTransfer(plan, rank=rank, device=self._device, handles=self._handles, trainer=trainer))
+            made.append(BucketedTransfer(plan, rank=rank, device=self._device, handles=self._handles, trainer=trainer))
             buckets.append(made[0].offer())
             if plan.is_network and ranks not in self._networks and rank == ranks[0]:
                 stores.append(serve_store(self._start.host, self._start.timeout_s))

@@ -12,11 +12,11 @@ from spmd_engine.control.agreement import AllGather, Failure, attempt, raise_fir
 from spmd_engine.control.calls import Explain, Explained, ReadsOfRank
 from spmd_engine.control.digest import digest
 from spmd_engine.control.messages import Start
-from spmd_engine.planning import coverage
-from spmd_engine.planning.layout import ITEM_SIZE, SourceLayout
-from spmd_engine.planning.read_sets import PackedReadSets, Want, pack, wants_of
+from spmd_engine.planning.dtypes import ITEM_SIZE
+from spmd_engine.planning.layout import SourceLayout
+from spmd_engine.planning.read_sets import PackedReadSets, ReadSet, pack, read_sets_of, unpack_distinct
 from spmd_engine.scheduler.recording.loading import Loads, check_all_used, recorded
-from spmd_engine.scheduler.weights import Reach, WeightsKeeper
+from spmd_engine.scheduler.weights import WeightsKeeper
 
 
 class _Found(msgspec.Struct, frozen=True):
@@ -24,7 +24,7 @@ class _Found(msgspec.Struct, frozen=True):
 
     error: Failure
     reads: ReadsOfRank
-    used: Reach
+    used: PackedReadSets
     fallback: dict[str, str]
 
 
@@ -47,20 +47,20 @@ def explain(
     Raises:
         PlanError: an update would be refused.
     """
-    made: list[tuple[dict[str, Want], dict[str, str], Reach]] = []
+    made: list[tuple[dict[str, ReadSet], dict[str, str]]] = []
 
     def record() -> None:
         loads = weights.prerecorded(call.layout) or recorded(model, call.layout, weights.conversion)
         made.append(wants_and_fallback(loads, call.layout))
 
     error = attempt(record, rank=start.rank, device=weights.device)
-    wants, fallback, used = made[0] if made else ({}, {}, {})
-    read_sets = pack(wants)
+    wants, fallback = made[0] if made else ({}, {})
+    read_sets = pack(wants, call.layout.names())
     is_off_loaded = call.is_in_cpu_memory and weights.device.type != "cpu"
     reads = ReadsOfRank(digest([codec.encode(read_sets).hex()]), start.node, is_off_loaded)
-    found = gather(_Found(error, reads, used, fallback))
+    found = gather(_Found(error, reads, read_sets, fallback))
     raise_first(found)
-    check_all_used(call.layout, call.optional, [one.used for one in found])
+    check_all_used(call.layout, call.optional, unpack_distinct((one.used for one in found), call.layout.names()))
     # Ranks of all replicas read the same as those of the first: one of them says what.
     keys = [one.reads.read_sets for one in found]
     is_first = keys.index(reads.read_sets) == call.holders.index(start.rank)
@@ -72,19 +72,16 @@ def explain(
     )
 
 
-def wants_and_fallback(loads: Loads, layout: SourceLayout) -> tuple[dict[str, Want], dict[str, str], Reach]:
-    """What this rank would read of each weight, which weights it would read whole for the model's own loader and why,
-    and the first and last element of each that it reads.
+def wants_and_fallback(loads: Loads, layout: SourceLayout) -> tuple[dict[str, ReadSet], dict[str, str]]:
+    """What this rank would read of each weight, which weights it would read whole for the model's own loader and why.
 
     Args:
         loads: how the weights of `layout` load.
     """
     by_name = {weight.name: weight for weight in layout.weights}
-    wants = wants_of(loads.copies, {name: weight.shape for name, weight in by_name.items()})
-    used = coverage.reach(loads.copies)
+    wants = read_sets_of(loads.copies, {name: weight.shape for name, weight in by_name.items()})
     for weight in (by_name[name] for name in loads.fallback):
         size = math.prod(weight.shape)
         parts = (tuple(((0, extent),) for extent in weight.shape or (1,)),)
-        wants[weight.name] = Want(parts, size * ITEM_SIZE[weight.dtype])
-        used[weight.name] = (0, size - 1)
-    return wants, loads.fallback, used
+        wants[weight.name] = ReadSet(parts, size * ITEM_SIZE[weight.dtype])
+    return wants, loads.fallback

@@ -23,7 +23,7 @@ import torch
 from spmd_engine.control.messages import PROTOCOL, GroupAddress, Start
 from spmd_engine.errors import ConfigError, ErrorReport, SpmdEngineError
 from spmd_engine.planning.layout import SourceLayout, Weight
-from spmd_engine.planning.read_sets import pack
+from spmd_engine.planning.read_sets import pack, unpack_distinct
 from spmd_engine.scheduler.adapter import starting
 from spmd_engine.scheduler.explain import wants_and_fallback
 from spmd_engine.scheduler.recording.checkpoint_format import Conversion, Described
@@ -86,7 +86,8 @@ def _answer(question: Question) -> dict[str, Any]:
             raise ErrorReport(kind, message, rank).to_exception()
     recorded = {name for found in ranks for name in found["given"]}
     part = SourceLayout(tuple(_weight(weight) for weight in weights if weight[0] in recorded), ())
-    check_all_used(part, frozenset(optional), [found["used"] for found in ranks])
+    names = [weight[0] for weight in weights]
+    check_all_used(part, frozenset(optional), unpack_distinct((found["wants"] for found in ranks), names))
     return {"weights": weights, "ranks": [{k: found[k] for k in ("wants", "fallback", "like")} for found in ranks]}
 
 
@@ -103,11 +104,10 @@ def _record_rank(rank: int) -> dict[str, Any]:
         left_out = {stem for stem, first in like.items() if stem != first}
         layout = SourceLayout(tuple(_weight(weight) for weight in given), ())
         loads = recorded(model, layout, conversion, covers=lambda parameter: _stem(parameter) not in left_out)
-        wants, fallback, used = wants_and_fallback(loads, layout)
+        wants, fallback = wants_and_fallback(loads, layout)
         return {
-            "wants": pack(wants),
+            "wants": pack(wants, [weight[0] for weight in weights]),
             "fallback": fallback,
-            "used": used,
             "like": like,
             "given": [weight[0] for weight in given],
         }

@@ -47,7 +47,7 @@ class Prepared:
     record_s: float
     plan_s: float
     transfer: direct.Transfer
-    bucketed: bucketed.StagedTransfer | None
+    bucketed: bucketed.BucketedTransfer | None
     has_constants: bool
     derivations: list[Callable[[], Any]]
     target: Probe
@@ -71,15 +71,20 @@ class Places:
 
     def __init__(self, handles: OpenHandles | None) -> None:
         self.handles = handles
-        self.generation = 0
+        self._moves = 0
         self._memories: dict[int, ShardMemory] = {}
+
+    @property
+    def generation(self) -> int:
+        """Grows when shards move, and when something that was mapped is closed."""
+        return self._moves + (0 if self.handles is None else self.handles.generation)
 
     def take(self, told: Mapping[int, ShardMemory | None]) -> None:
         """Remember where shards are now, of each rank whose shards have moved."""
         for rank, memory in told.items():
             if memory is not None:
                 self._memories[rank] = memory
-                self.generation += 1
+                self._moves += 1
 
     def of(self, ranks: tuple[int, ...]) -> dict[int, ShardMemory]:
         """Where the shards of some ranks are, in their order."""
@@ -87,7 +92,6 @@ class Places:
 
     def keep_only(self, handles: list[bytes]) -> None:
         """Close what is mapped of other memory."""
-        self.generation += 1
         if self.handles is not None:
             self.handles.keep_only(handles)
 
@@ -106,10 +110,8 @@ class PlanCache:
         self._plans: OrderedDict[PlanKey, Prepared] = OrderedDict()
         self._layouts: OrderedDict[str, tuple[SourceLayout, frozenset[str]]] = OrderedDict()
         self._topologies: dict[str, SourceTopology] = {}  # the last one of each layout
-        self._changes, self._inspected = (
-            1,
-            0,
-        )  # how often SGLang may have replaced parameters, and when that was looked at
+        # How often SGLang may have replaced parameters, and when that was looked at last.
+        self._changes, self._inspected = 1, 0
 
     def learn(self, key: str, layout: SourceLayout | None, optional: frozenset[str]) -> None:
         """Take a layout, or use one that is known: it is now the last one to be dropped."""

@@ -18,9 +18,10 @@ from spmd_engine.control.calls import CallBody, Explain, UpdateWeights
 from spmd_engine.control.channel import Channel
 from spmd_engine.control.messages import Start, ToScheduler
 from spmd_engine.errors import SpmdEngineError, WeightsInconsistentError
-from spmd_engine.planning import bucket_plan, coverage
+from spmd_engine.planning import bucket_plan
 from spmd_engine.planning.layout import SourceLayout, Weight, contiguous_strides
 from spmd_engine.planning.plan import RecordedCopy, TransferPlan, build_plan, numbered
+from spmd_engine.planning.read_sets import PackedReadSets, pack, read_sets_of, unpack_distinct
 from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.scheduler.adapter import memory as sglang_memory
 from spmd_engine.scheduler.adapter import model as sglang_model
@@ -43,8 +44,6 @@ from spmd_engine.transfer.fingerprint import Probe
 from spmd_engine.transfer.handles import OpenHandles
 
 logger = logging.getLogger(__name__)
-
-Reach = dict[str, tuple[int, int]]
 
 
 class UpdateNews(msgspec.Struct, frozen=True):
@@ -73,7 +72,7 @@ class _Read(msgspec.Struct, frozen=True):
     """What a rank's plan reads, or why it has none."""
 
     error: Failure
-    used: Reach
+    used: PackedReadSets
 
 
 class WeightsKeeper:
@@ -281,13 +280,13 @@ class WeightsKeeper:
         self, key: PlanKey, ranks: tuple[int, ...], nodes: Mapping[int, int], gather: AllGather, bucket_bytes: int
     ) -> Prepared:
         """Record and plan on all ranks; none keeps a plan that another could not make."""
-        made: list[tuple[Prepared, TransferPlan, Reach]] = []
+        made: list[tuple[Prepared, TransferPlan, PackedReadSets]] = []
         memories = self._places.of(ranks)
         layout, optional = self._plans.layout(key[0])
         error = self._attempt(lambda: made.append(self._prepare(layout, memories, nodes)))
-        reads = gather(_Read(error, made[0][2] if made else {}))
+        reads = gather(_Read(error, made[0][2] if made else PackedReadSets([], [])))
         raise_first(reads)
-        check_all_used(layout, optional, [read.used for read in reads])
+        check_all_used(layout, optional, unpack_distinct((read.used for read in reads), layout.names()))
         prepared, rest, _ = made[0]
         # The same on all ranks: whether any of them has something that it cannot read in place.
         if any(direct.unreachable(memories, nodes, rank, self.device) for rank in ranks):
@@ -296,7 +295,7 @@ class WeightsKeeper:
 
     def _prepare(
         self, layout: SourceLayout, memories: Mapping[int, ShardMemory], nodes: Mapping[int, int]
-    ) -> tuple[Prepared, TransferPlan, Reach]:
+    ) -> tuple[Prepared, TransferPlan, PackedReadSets]:
         """Record and plan. Returns also what of the plan cannot be read in place, and what is read at all."""
         model = sglang_model.model_of(self._scheduler)
         staged = direct.unreachable(memories, nodes, self._rank, self.device)
@@ -316,7 +315,8 @@ class WeightsKeeper:
         plan, rest = (
             bucket_plan.split(everything, staged, rank=self._rank) if staged else (everything, bucket_plan.NOTHING)
         )
-        used = {**coverage.reach(loads.copies), **coverage.reach(whole)}
+        shapes = {name: weight.shape for name, weight in by_name.items()}
+        used = pack(read_sets_of([*loads.copies, *whole], shapes), layout.names())
         prepared = Prepared(
             layout=layout,
             plan=plan,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from spmd_engine.errors import PlanError
+from spmd_engine.planning.dtypes import ELEMENT_TYPES
 from spmd_engine.planning.layout import (
     Mesh,
     Placement,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # (name, tensor, whether the engine may ignore it)
 Item = tuple[str, torch.Tensor | fsdp1.FlatWeight, bool]
 Located = tuple[torch.Tensor, Mesh | None, tuple[Placement, ...]]
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in ELEMENT_TYPES}
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def describe(items: list[Item], rank: int) -> Source:
             raise PlanError(f"weight {name!r} is on the meta device: it has no data to move")
         if local.numel() and not local.data_ptr():
             raise PlanError(f"weight {name!r} has no memory at present: bring back what was freed or off-loaded first")
-        dtype = _DTYPES.get(tensor.dtype)
+        dtype = _DTYPE_NAMES.get(tensor.dtype)
         if dtype is None:
             if is_optional:
                 continue

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ElementType
 
 try:
     import spmd_engine._C as _C

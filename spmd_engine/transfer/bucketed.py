@@ -1,4 +1,4 @@
-"""Runs a StagedPlan: pack into buckets, move the buckets, unpack, with all ranks of an update in step."""
+"""Runs a BucketPlan: pack into buckets, move the buckets, unpack, with all ranks of an update in step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch.distributed as dist
 from spmd_engine.control import peer_group
 from spmd_engine.control.agreement import Attempt, Failure
 from spmd_engine.errors import TransferError
-from spmd_engine.planning.bucket_plan import ARRIVED, BUCKETS, ITEM_SIZES, PACKED, StagedPlan, Step
-from spmd_engine.planning.copy_table import ElementType
+from spmd_engine.planning.bucket_plan import ARRIVED, BUCKETS, PACKED, BucketPlan, Step
+from spmd_engine.planning.dtypes import ITEM_SIZES, ElementType
 from spmd_engine.planning.plan import TransferPlan
 from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.transfer import _native, direct
@@ -51,7 +51,7 @@ class Network:
         options._timeout = self._timeout
         self._group = made(store, ranks.index(rank), len(ranks), options)
 
-    def exchange(
+    def all_to_all(
         self, arrived: torch.Tensor, packed: torch.Tensor, receives: Sequence[int], sends: Sequence[int]
     ) -> Callable[[], None]:
         """Begin to send and receive so many bytes to and from every rank. Returns what waits for the end.
@@ -93,7 +93,7 @@ class BucketOffer:
     steps: int
 
 
-class StagedTransfer:
+class BucketedTransfer:
     """The staged part of an update, on one rank.
 
     It is made in three moves, as every rank must know of the others' buckets: `offer`, `accept`, `bind`.
@@ -108,7 +108,7 @@ class StagedTransfer:
 
     def __init__(
         self,
-        plan: StagedPlan,
+        plan: BucketPlan,
         *,
         rank: int,
         device: torch.device,
@@ -286,7 +286,7 @@ class StagedTransfer:
         packed = self._buckets[PACKED[number % len(PACKED)]][kept : kept + sum(sends)]
         arrived = self._buckets[ARRIVED[number % len(ARRIVED)]][: sum(receives)]
         try:
-            wait = self._network.exchange(arrived, packed, receives, sends)
+            wait = self._network.all_to_all(arrived, packed, receives, sends)
         except RuntimeError as error:
             raise self._broken(error) from error
 

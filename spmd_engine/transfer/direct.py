@@ -168,6 +168,7 @@ class CudaTransfer:
         self._uuid = _native.device_uuid(self._device)
         self._table: _native.CopyTable | None = None
         self._bound_peers = np.zeros(0, np.uint8)
+        self._opened_at = -1  # generation of the mappings that the table reads
 
     def bind(self, memories: Mapping[int, ShardMemory]) -> None:
         addresses = {}
@@ -186,6 +187,7 @@ class CudaTransfer:
                     f"topo -p2p r), and rank {rank} must not have freed its shards"
                 ) from error
         table = self._plan.bind(addresses)
+        self._opened_at = self._handles.generation
         peers = self._peers(memories)
         try:
             if self._table is not None and np.array_equal(peers, self._bound_peers):
@@ -207,7 +209,16 @@ class CudaTransfer:
             peers[self._plan.rank == rank] = number[uuid]
         return peers
 
+    def _check_open(self) -> None:
+        """Refuse to read what may be closed: a table holds addresses, and the GPU would not notice."""
+        if self._opened_at != self._handles.generation:
+            raise TransferError(
+                f"rank {self._rank}: memory that the plan reads was closed since it was opened; this is a defect of "
+                "spmd_engine: please report it"
+            )
+
     def start(self) -> None:
+        self._check_open()
         assert self._table is not None
         try:
             self._table.launch(stream=torch.cuda.current_stream(self._device).cuda_stream)
@@ -222,6 +233,7 @@ class CudaTransfer:
             raise self._failure(error) from error
 
     def compare(self) -> int:
+        self._check_open()
         assert self._table is not None
         try:
             found = self._table.compare(stream=torch.cuda.current_stream(self._device).cuda_stream)

@@ -27,7 +27,8 @@ from native.blocks import (
     values_to_cast,
 )
 
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ElementType
 from spmd_engine.transfer import _native
 from spmd_engine.transfer._native import CompareResult, CopyTable
 

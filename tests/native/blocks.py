@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ElementType
 
 #: The same examples in every run.
 REPEATABLE = settings(

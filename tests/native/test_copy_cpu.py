@@ -22,7 +22,8 @@ from native.blocks import (
     values_to_cast,
 )
 
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ElementType
 from spmd_engine.transfer._native import CompareResult, compare_cpu, copy_cpu
 
 

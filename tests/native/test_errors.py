@@ -11,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ElementType
 from spmd_engine.transfer import _native
 from spmd_engine.transfer._native import compare_cpu, copy_cpu
 

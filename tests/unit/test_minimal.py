@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from sharding import CASES, DTYPES, draw_placements, meshes, random_weight, scatter
 
 from spmd_engine.control import codec
-from spmd_engine.planning.layout import ITEM_SIZE, Mesh, Replicate, Shard, SourceLayout, Weight
+from spmd_engine.planning.dtypes import ITEM_SIZE
+from spmd_engine.planning.layout import Mesh, Replicate, Shard, SourceLayout, Weight
 from spmd_engine.planning.plan import RecordedCopy, build_plan
-from spmd_engine.planning.read_sets import PackedReadSets, pack, unpack, wants_of
+from spmd_engine.planning.read_sets import PackedReadSets, pack, read_sets_of, unpack
 from spmd_engine.planning.report import LinkSpeeds, make_report
 from spmd_engine.scheduler.recording.recorder import Recorder
 from spmd_engine.transfer import _native
@@ -140,7 +141,7 @@ def test_a_node_reads_in_its_own_replica_of_the_weights():
     layout = SourceLayout((Weight("w", (8,), "float32", 0, (Replicate(), Shard(0))),), (Mesh((2, 4), tuple(range(8))),))
     nodes = {rank: rank // 2 for rank in range(8)}
     whole = RecordedCopy("w", (8,), 0, (1,), 64, (1,), "float32", "p")
-    wants = wants_of([whole], {"w": (8,)})
+    wants = read_sets_of([whole], {"w": (8,)})
     report = make_report(layout, dict.fromkeys(range(8), wants), nodes=nodes, speeds=SPEEDS)
     assert report.network.tolist() == [[0, 16, 0, 0], [16, 0, 0, 0], [0, 0, 0, 16], [0, 0, 16, 0]]
     for rank in range(8):
@@ -212,7 +213,8 @@ def test_every_element_is_right_and_no_plan_moves_less(job):
             from_node, bytes_of_row, bytes_of_row // item_of_row * np.minimum(item_of_row, dtype.itemsize)
         )
         np.add.at(matrix[rank], plan.rank, packed)
-        readers[rank] = unpack(codec.decode(codec.encode(pack(wants_of(recording.copies, shapes))), PackedReadSets))
+        packed = pack(read_sets_of(recording.copies, shapes), list(shapes))
+        readers[rank] = unpack(codec.decode(codec.encode(packed), PackedReadSets), list(shapes))
         written = sum(want.written for want in readers[rank].values())
         assert written == len(wants[rank]) * ITEM_SIZE[str(dtype).removeprefix("torch.")]
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from spmd_engine.errors import TransferError
-from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE, ElementType
+from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
+from spmd_engine.planning.dtypes import ElementType
 from spmd_engine.planning.plan import TransferPlan
 from spmd_engine.transfer import _native
 from spmd_engine.transfer.bucketed import TrainerTransfer

@@ -14,8 +14,8 @@ from sharding import CASES, DTYPES, layouts, random_weight, recorded, scatter, v
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from spmd_engine.errors import PlanError
+from spmd_engine.planning.dtypes import ITEM_SIZE
 from spmd_engine.planning.layout import (
-    ITEM_SIZE,
     Mesh,
     Replicate,
     Shard,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from spmd_engine.errors import PlanError
 from spmd_engine.planning import coverage
 from spmd_engine.planning.layout import SourceLayout, Weight
 from spmd_engine.planning.plan import RecordedCopy
+from spmd_engine.planning.read_sets import ReadSet, elements, subtract
 from spmd_engine.scheduler.adapter import model as sglang_model
 from spmd_engine.scheduler.recording.checkpoint_format import Conversion
 from spmd_engine.scheduler.recording.dry_run import rehearse, zeros
@@ -217,20 +218,32 @@ def _cover(model: torch.nn.Module, recording: Recording, covers: Callable[[str],
     return fallback
 
 
-def check_all_used(layout: SourceLayout, optional: frozenset[str], used: Sequence[Mapping[str, Sequence[int]]]) -> None:
-    """Refuse weights that no rank reads, or reads only in part: engine and trainer have different models."""
+def check_all_used(layout: SourceLayout, optional: frozenset[str], used: Iterable[Mapping[str, ReadSet]]) -> None:
+    """Refuse weights that no rank reads, or of which all ranks together leave elements out.
+
+    Args:
+        used: what each rank reads; ranks that read the same need to be there once.
+    """
+    ranks = list(used)
+    checked: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()  # shapes, and the identities of what ranks read
     for weight in layout.weights:
-        ranges = [ranks[weight.name] for ranks in used if weight.name in ranks]
-        if not ranges:
+        sets = [found[weight.name] for found in ranks if weight.name in found]
+        if not sets:
             if weight.name in optional:
                 continue
             raise PlanError(
                 f"the engine does not know weight {weight.name!r} {list(weight.shape)}: "
                 "leave it out of the source, or start the engine with the model that has it"
             )
-        last = math.prod(weight.shape) - 1
-        if min(low for low, _ in ranges) > 0 or max(high for _, high in ranges) < last:
+        key = (weight.shape, tuple(map(id, sets)))
+        if key in checked:
+            continue
+        checked.add(key)
+        left = subtract(dict.fromkeys(part for one in sets for part in one.parts), weight.shape)
+        if left:
+            count = sum(map(elements, left))
+            first = "[" + ", ".join(f"{runs[0][0]}:{runs[0][1]}" for runs in left[0]) + "]"
             raise PlanError(
                 f"weight {weight.name!r} has another shape than the engine expects: of {list(weight.shape)} it reads "
-                f"only elements {min(low for low, _ in ranges)} to {max(high for _, high in ranges)} of 0 to {last}"
+                f"only {math.prod(weight.shape) - count} elements of {math.prod(weight.shape)}, and none of {first}"
             )

@@ -11,10 +11,11 @@ import torch
 
 from spmd_engine.planning import coverage
 from spmd_engine.planning.coverage import Region
+from spmd_engine.planning.dtypes import ELEMENT_TYPES
 from spmd_engine.planning.plan import RecordedCopy
 
-DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_TYPES}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass

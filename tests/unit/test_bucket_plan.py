@@ -1,4 +1,4 @@
-"""Stages against brute force: what crosses between nodes, in which bucket, and whether it arrives."""
+"""Buckets against brute force: what crosses between nodes, in which bucket, and whether it arrives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sharding import CASES, DTYPES, layouts, random_weight, recorded, scatter, view_of
 
 from spmd_engine.planning import bucket_plan
-from spmd_engine.planning.copy_table import ElementType
+from spmd_engine.planning.dtypes import ElementType
 from spmd_engine.planning.plan import build_plan
 from spmd_engine.transfer import _native
 
@@ -85,13 +85,13 @@ def test_every_element_arrives_and_crosses_once(data):
         # What a rank of the own node holds is read from there.
         table = direct.bind({r: np.array([t.data_ptr()], np.uint64) for r, t in shards.items()})
         _native.copy_cpu(table, pids=[0])
-        wanted[rank] = bucket_plan.wants(staged[rank])
+        wanted[rank] = bucket_plan.request_packs(staged[rank])
     for rank in ranks:
-        plans[rank] = bucket_plan.plan_stages(staged[rank], wanted, rank=rank, nodes=nodes, bucket_bytes=BUCKET)
+        plans[rank] = bucket_plan.plan_buckets(staged[rank], wanted, rank=rank, nodes=nodes, bucket_bytes=BUCKET)
     Ranks(plans, shards, ranks).run()
     for found, expected in targets.values():
         assert torch.equal(bits(found), bits(expected))
-    assert {plan.stages for plan in plans.values()} == {plans[ranks[0]].stages}
+    assert {plan.routes for plan in plans.values()} == {plans[ranks[0]].routes}
     received = sum(plan.network_bytes for plan in plans.values())
     assert minimum(wanted, nodes) <= received <= minimum(wanted, nodes) + padding(plans)
 
@@ -105,17 +105,17 @@ def minimum(wanted, nodes) -> int:
     crossing: dict[int, set] = defaultdict(set)
     for rank, rows in wanted.items():
         crossing[nodes[rank]] |= {row.tobytes() for row in rows if nodes[int(row["source"])] != nodes[rank]}
-    rows = [np.frombuffer(row, bucket_plan.WANT_DTYPE)[0] for blocks in crossing.values() for row in blocks]
+    rows = [np.frombuffer(row, bucket_plan.PACK_REQUEST_DTYPE)[0] for blocks in crossing.values() for row in blocks]
     return sum(int(r["rows"] * r["row_elems"]) * ElementType(int(r["packed_dtype"])).itemsize for r in rows)
 
 
 def padding(plans) -> int:
-    """What the alignment of chunks may add."""
+    """What the alignment of fragments may add."""
     return sum(64 * len(step.pack.table) for plan in plans.values() for step in plan.steps)
 
 
 def test_a_block_larger_than_a_bucket_takes_several_steps():
-    rows = np.zeros(2, bucket_plan.WANT_DTYPE)
+    rows = np.zeros(2, bucket_plan.PACK_REQUEST_DTYPE)
     rows["rows"], rows["row_elems"], rows["src"] = [1, 3], [1000, 300], [0, 4000]
     packed = bucket_plan._Packed.make(rows, 512)
     assert max(packed.sizes) <= 512

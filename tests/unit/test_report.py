@@ -10,7 +10,7 @@ import pytest
 from spmd_engine.errors import ConfigError
 from spmd_engine.planning.layout import Mesh, Replicate, Shard, SourceLayout, Weight, contiguous_strides
 from spmd_engine.planning.plan import RecordedCopy
-from spmd_engine.planning.read_sets import wants_of
+from spmd_engine.planning.read_sets import read_sets_of
 from spmd_engine.planning.report import LinkSpeeds, WeightClass, make_report
 
 SPEEDS = LinkSpeeds(hbm=1000.0, nvlink=100.0, host=10.0, network=1.0)
@@ -26,7 +26,7 @@ def reader(layout, rows=slice(None), dtype="float32"):
         first, stop, _ = rows.indices(weight.shape[0])
         sizes, strides = (stop - first, *weight.shape[1:]), contiguous_strides(weight.shape)
         copies.append(RecordedCopy(weight.name, sizes, first * strides[0], strides, 64, strides, dtype, "p"))
-    return wants_of(copies, {weight.name: weight.shape for weight in layout.weights})
+    return read_sets_of(copies, {weight.name: weight.shape for weight in layout.weights})
 
 
 def sharded(*names, placements=ROWS, shape=(4,), ranks=4):
