@@ -13,10 +13,11 @@ DEMO_ENV := .venv
 INSTALL := pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo dist docs test test-integration test-verl test-wheel lint format tidy sanitize sanitize-gpu clean
+.PHONY: unit help demo dist docs test test-integration test-verl test-wheel lint format tidy sanitize sanitize-gpu clean
 
 help:
 	@echo "make demo              train a small model by RL on two ranks, with rollouts from SpmdEngine"
+	@echo "make unit              unit and native tests, without SGLang, in a minute"
 	@echo "make test              everything that needs no GPU (SGLANG=$(SGLANG))"
 	@echo "make test-integration  only the tests with real SGLang, e.g. SGLANG=0.5.23"
 	@echo "make test-verl         with verl and Ray, on the CPU, e.g. VERL=0.5.0 (default $(VERL))"
@@ -48,7 +49,24 @@ demo: $(DEMO_ENV)/.ready
 	OMP_NUM_THREADS=1 $(DEMO_ENV)/bin/torchrun --standalone --nproc_per_node 2 examples/grpo.py --out out $(ARGS)
 
 test: $(TEST_ENV)/.ready
-	$(BIN)/python -m pytest -m "not gpu and not multigpu" --ignore tests/frameworks tests
+	$(BIN)/python -m pytest -m "not gpu and not multigpu" --ignore tests/frameworks --skips test tests $(ARGS)
+
+# Unit and native tests need torch, but not SGLang's 9 GB. TORCH: what pip installs as torch, with its options.
+UNIT_ENV := .venv-unit
+TORCH ?= torch==2.13.0
+
+$(UNIT_ENV)/.ready: $(SOURCES) tests/requirements-unit.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	test -x $(UNIT_ENV)/bin/python || $(PYTHON) -m venv $(UNIT_ENV)
+	$(UNIT_ENV)/bin/pip install --quiet --upgrade pip
+	$(UNIT_ENV)/bin/$(INSTALL) $(TORCH)
+	$(UNIT_ENV)/bin/$(INSTALL) -r tests/requirements-unit.txt
+	$(UNIT_ENV)/bin/$(INSTALL) --no-deps --no-build-isolation -e .
+	touch $@
+
+unit: $(UNIT_ENV)/.ready
+	OMP_NUM_THREADS=1 $(UNIT_ENV)/bin/python -m pytest -n 2 --dist worksteal -m "not gpu and not multigpu and not needs_sglang" \
+		--skips unit tests/unit tests/native $(ARGS)
 
 VERL ?= 0.9.1
 VERL_ENV := .venv-verl-$(VERL)
@@ -129,4 +147,4 @@ sanitize-gpu:
 	$(MEMCHECK) $(GPU_PYTHON) -m pytest tests/gpu/test_native_vmm.py -k "not takes_little_time" $(ARGS)
 
 clean:
-	rm -rf .venv .venv-dist .venv-native .venv-test-* .venv-verl-* build dist out spmd_engine/_C*.so *.egg-info
+	rm -rf .venv .venv-dist .venv-native .venv-unit .venv-test-* .venv-verl-* build dist out spmd_engine/_C*.so *.egg-info

@@ -47,6 +47,7 @@ def test_every_command_is_run_by_something(text):
             cli.make_parser().parse_args(words[1:])
 
 
+@pytest.mark.needs_sglang
 @pytest.mark.parametrize("text", all_blocks("python"))
 def test_code_names_what_exists(text):
     for node in ast.walk(ast.parse(text)):

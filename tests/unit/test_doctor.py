@@ -55,6 +55,7 @@ def only(name, **kwargs):
     return found
 
 
+@pytest.mark.needs_sglang
 def test_this_machine():
     findings, status = run()
     assert list(findings) == list(doctor.CHECKS)

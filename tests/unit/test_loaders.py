@@ -93,7 +93,7 @@ def overwritten_by_a_constant(model, weights):
 @pytest.mark.parametrize(
     ("load", "shapes"),
     [
-        (by_sglangs_composed_loader, {}),
+        pytest.param(by_sglangs_composed_loader, {}, marks=pytest.mark.needs_sglang),
         (negated_in_place, {}),
         (multiplied_by_an_operator, {}),
         (tied_by_a_copy, {"c": (4,)}),
@@ -142,6 +142,7 @@ def looked_at(model, weights):  # if it is one element
         default_weight_loader(getattr(model, name), w)
 
 
+@pytest.mark.needs_sglang
 def test_a_weight_whose_value_is_needed_excuses_no_other_one():
     model = Several(looked_at, scale=(1,), a=(4,))
     assert [*loaded_as_recorded(model, scale=torch.tensor([5.0]), a=torch.arange(4.0)).fallback] == ["scale"]
@@ -215,6 +216,7 @@ def test_a_loader_that_goes_on_after_errors():
     assert model.a.tolist() == [0, 2, 4, 6]
 
 
+@pytest.mark.needs_sglang
 def test_norms_of_gemma_with_what_sglang_computes_from_them():
     from sglang.srt.layers.layernorm import GemmaRMSNorm
 

@@ -125,6 +125,7 @@ def test_child_environment_preloads_the_memory_saver():
     assert "LD_PRELOAD" not in make({}) and "NCCL_GRAPH_REGISTER" not in make({})
 
 
+@pytest.mark.needs_sglang
 def test_a_missing_memory_saver_is_named(monkeypatch):
     assert os.path.isfile(memory_saver_library()) and "LD_PRELOAD" not in os.environ
     monkeypatch.setitem(sys.modules, "torch_memory_saver.utils", None)
