@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from spmd_engine.control.calls import FlushCache, Generate, Meet, ReleaseMemory, UpdateWeights
+from spmd_engine.control.calls import FlushCache, Generate, Meet, ReleaseMemory, Updated, UpdateWeights
 from spmd_engine.control.channel import ChannelClosed
 from spmd_engine.control.generation import GenerateRequest
 from spmd_engine.control.messages import (
@@ -66,11 +66,13 @@ class Machine(RuleBasedStateMachine):
         self.plane = ControlPlane(count)
         self.root = self.plane.ranks[0].trainer
         self.submitted: list[str] = []
+        self.behind: dict[str, int] = {}  # requests that came behind a call, and its number
         self.late: dict[int, Call] | None = None
         self.calls: list[tuple[int, bool, bool]] = []  # number, whether the ranks' calls differ, or refuse
         self.seq, self.is_dead = 0, False
+        self.submit([20, 9], False, True)
 
-    @rule(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3), bad=st.booleans(), stream=st.booleans())
+    @rule(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=3), bad=st.booleans(), stream=st.booleans())
     @precondition(lambda self: not self.is_dead)
     def submit(self, lengths, bad, stream):
         each = []
@@ -78,6 +80,8 @@ class Machine(RuleBasedStateMachine):
             rid = f"r{len(self.submitted)}."
             self.submitted.append(rid)
             wrong = {"unknown": 1} if bad and i == 0 else {}
+            if self.late is not None and 0 not in self.late:
+                self.behind[rid] = self.seq
             each.append(Submit({rid: request(length, **wrong)}, stream))
         self.root.channel.send(Submits(tuple(each)))
 
@@ -102,9 +106,15 @@ class Machine(RuleBasedStateMachine):
     def steps(self, steps):
         self.plane.gate.allow(steps)
 
-    @rule(kind=st.sampled_from(KINDS), other=st.sampled_from(KINDS), differs=st.integers(0, 4), data=st.data())
+    @rule(
+        kind=st.sampled_from(KINDS),
+        other=st.sampled_from(KINDS),
+        differs=st.integers(0, 4),
+        behind=st.booleans(),
+        data=st.data(),
+    )
     @precondition(lambda self: not self.is_dead and self.late is None)
-    def call(self, kind, other, differs, data):
+    def call(self, kind, other, differs, behind, data):
         """A collective call, which some ranks make now, the others later; now and then not all make the same."""
         self.seq += 1
         ranks = tuple(rank.start.rank for rank in self.plane.ranks)
@@ -118,6 +128,8 @@ class Machine(RuleBasedStateMachine):
         self.calls.append((self.seq, len({call.digest for call in self.late.values()}) > 1, kind == "release"))
         for rank in data.draw(st.sets(st.sampled_from(ranks))):
             self._make(rank)
+        if behind:
+            self.submit([7], False, False)
 
     def _make(self, rank):
         self.plane.ranks[rank].trainer.channel.send(self.late.pop(rank))
@@ -208,11 +220,15 @@ class Machine(RuleBasedStateMachine):
         assert sorted(self.ends()) == sorted(self.submitted)
         logs = [rank.scheduler.log for rank in self.plane.ranks]
         assert all(log == logs[0] for log in logs), logs
+        answers = {reply.seq: reply.answer for reply in self.root.of(Reply)}
+        updated = {seq: one.stats.weight_version for seq, one in answers.items() if isinstance(one, Updated)}
         for rid, each in self.increments().items():
             made = [token for one in each for token in one.output_ids]
             versions = [version for one in each for version in one.versions]
             assert [token % VERSION for token in made] == list(range(len(made))), rid
             assert [token // VERSION for token in made] == versions == sorted(versions), rid
+            begins_at = updated.get(self.behind.get(rid, 0), 0)
+            assert not made or versions[0] >= begins_at, f"{rid} began before update {begins_at}, behind which it came"
         for rank in self.plane.ranks:
             assert [reply.seq for reply in rank.trainer.of(Reply)] == [seq for seq, *_ in self.calls]
 
