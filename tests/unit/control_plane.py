@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import traceback
-from array import array
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any
@@ -283,6 +282,12 @@ class Trainer:
         except (ChannelClosed, OSError, ValueError):
             return
 
+    def send(self, message: object) -> None:
+        try:
+            self.channel.send(message)
+        except ChannelClosed:
+            raise AssertionError(f"the rank has ended: {self.of(Failed)}") from None
+
     def of(self, kind: type) -> list[Any]:
         return [message for message in list(self.heard) if isinstance(message, kind)]
 
@@ -391,7 +396,3 @@ def _start(rank: int, group: GroupAddress) -> Start:
     flags = {"is_restart": False, "keeps_mapped": False, "on_cpu": True}
     mine = {"protocol": 2, "rank": rank, "tp_rank": rank, "group": group, "server_args": {}, "nnodes": 1}
     return Start(**{**values, **numbers, **flags, **mine, "trainer_pid": os.getppid(), "timeout_s": BOUND_S})
-
-
-def tokens(ids: Any) -> array[int]:
-    return array("q", ids)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+from array import array
 
 import pytest
-from control_plane import VERSION, ControlPlane, replace_sglang, stacks, tokens
+from control_plane import VERSION, ControlPlane, replace_sglang, stacks
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -41,7 +42,7 @@ IS_THOROUGH = bool(os.environ.get("SPMD_ENGINE_THOROUGH"))
 
 
 def request(length: int, **params: int) -> GenerateRequest:
-    return GenerateRequest(tokens([1, 2]), None, {"max_new_tokens": length, **params}, False, -1, 0, None)
+    return GenerateRequest(array("q", [1, 2]), None, {"max_new_tokens": length, **params}, False, -1, 0, None)
 
 
 def body(kind: str, ranks: tuple[int, ...], number: int):
@@ -83,23 +84,23 @@ class Machine(RuleBasedStateMachine):
             if self.late is not None and 0 not in self.late:
                 self.behind[rid] = self.seq
             each.append(Submit({rid: request(length, **wrong)}, stream))
-        self.root.channel.send(Submits(tuple(each)))
+        self.root.send(Submits(tuple(each)))
 
     @rule(data=st.data())
     @precondition(lambda self: not self.is_dead and self.submitted)
     def abort(self, data):
         rids = data.draw(st.lists(st.sampled_from(self.submitted[-4:]), min_size=1, max_size=2, unique=True))
-        self.root.channel.send(Abort(tuple(rids)))
+        self.root.send(Abort(tuple(rids)))
 
     @rule()
     @precondition(lambda self: not self.is_dead)
     def pause(self):
-        self.root.channel.send(Pause())
+        self.root.send(Pause())
 
     @rule()
     @precondition(lambda self: not self.is_dead)
     def resume(self):
-        self.root.channel.send(Resume())
+        self.root.send(Resume())
 
     @rule(steps=st.integers(1, 6))
     @precondition(lambda self: not self.is_dead)
@@ -132,7 +133,7 @@ class Machine(RuleBasedStateMachine):
             self.submit([7], False, False)
 
     def _make(self, rank):
-        self.plane.ranks[rank].trainer.channel.send(self.late.pop(rank))
+        self.plane.ranks[rank].trainer.send(self.late.pop(rank))
 
     @rule()
     @precondition(lambda self: not self.is_dead and self.late is not None)
@@ -209,7 +210,7 @@ class Machine(RuleBasedStateMachine):
         if self.late is not None:
             self.complete()
         self.plane.gate.set(True)
-        self.root.channel.send(Resume())
+        self.root.send(Resume())
         self.root.wait(lambda: len(self.ends()) >= len(self.submitted), "the end of all requests")
         self.late, self.seq = {}, self.seq + 1
         self.calls.append((self.seq, False, False))
