@@ -15,7 +15,7 @@ from spmd_engine.control.messages import Start
 from spmd_engine.planning.dtypes import ITEM_SIZE
 from spmd_engine.planning.layout import SourceLayout
 from spmd_engine.planning.read_sets import PackedReadSets, ReadSet, pack, read_sets_of, unpack_distinct
-from spmd_engine.scheduler.recording.loading import Loads, check_all_used, recorded
+from spmd_engine.scheduler.recording.loading import Loads, check_all_used, record
 from spmd_engine.scheduler.weights import WeightsKeeper
 
 
@@ -49,11 +49,11 @@ def explain(
     """
     made: list[tuple[dict[str, ReadSet], dict[str, str]]] = []
 
-    def record() -> None:
-        loads = weights.prerecorded(call.layout) or recorded(model, call.layout, weights.conversion)
+    def find_reads() -> None:
+        loads = weights.prerecorded(call.layout) or record(model, call.layout, weights.checkpoint_format)
         made.append(wants_and_fallback(loads, call.layout))
 
-    error = attempt(record, rank=start.rank, device=weights.device)
+    error = attempt(find_reads, rank=start.rank, device=weights.device)
     wants, fallback = made[0] if made else ({}, {})
     read_sets = pack(wants, call.layout.names())
     is_off_loaded = call.is_in_cpu_memory and weights.device.type != "cpu"

@@ -26,9 +26,9 @@ from spmd_engine.planning.layout import SourceLayout, Weight
 from spmd_engine.planning.read_sets import pack, unpack_distinct
 from spmd_engine.scheduler.adapter import starting
 from spmd_engine.scheduler.explain import wants_and_fallback
-from spmd_engine.scheduler.recording.checkpoint_format import Conversion, Described
-from spmd_engine.scheduler.recording.loading import check_all_used, recorded
-from spmd_engine.scheduler.recording.recording import all_tensors
+from spmd_engine.scheduler.recording.checkpoint_format import CheckpointFormat, Described
+from spmd_engine.scheduler.recording.loading import check_all_used, record
+from spmd_engine.scheduler.recording.recording import list_tensors
 
 _LAYER = re.compile(r"(?P<stem>(?:.*?\.)?(?P<list>\w+)\.\d+)\.(?P<rest>.+)")
 
@@ -70,14 +70,14 @@ def _answer(question: Question) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        conversion = Conversion(AutoConfig.from_pretrained(question.model_path))
+        checkpoint_format = CheckpointFormat(AutoConfig.from_pretrained(question.model_path))
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(f"transformers cannot read the model's configuration: {error}") from error
-    weights, optional = conversion.trainer_weights(dtype=question.dtype, per_expert=question.per_expert)
+    weights, optional = checkpoint_format.trainer_weights(dtype=question.dtype, per_expert=question.per_expert)
     torch.set_num_threads(1)
     processes = min(question.tp_size, len(os.sched_getaffinity(0)))
     global _shared
-    _shared = (question, conversion, weights)
+    _shared = (question, checkpoint_format, weights)
     with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         ranks = list(pool.imap(_record_rank, range(question.tp_size)))
     for rank, found in enumerate(ranks):
@@ -91,19 +91,19 @@ def _answer(question: Question) -> dict[str, Any]:
     return {"weights": weights, "ranks": [{k: found[k] for k in ("wants", "fallback", "like")} for found in ranks]}
 
 
-_shared: tuple[Question, Conversion, list[Described]]
+_shared: tuple[Question, CheckpointFormat, list[Described]]
 
 
 def _record_rank(rank: int) -> dict[str, Any]:
     """What one rank reads: in a process of its own."""
-    question, conversion, weights = _shared
+    question, checkpoint_format, weights = _shared
     try:
         model = starting.build_without_weights(_start(question, rank))
-        like = alike(weights, [(name, tuple(t.shape), str(t.dtype)) for name, t in all_tensors(model)])
+        like = alike(weights, [(name, tuple(t.shape), str(t.dtype)) for name, t in list_tensors(model)])
         given = [weight for weight in weights if like.get(_stem(weight[0]), "") in ("", _stem(weight[0]))]
         left_out = {stem for stem, first in like.items() if stem != first}
         layout = SourceLayout(tuple(_weight(weight) for weight in given), ())
-        loads = recorded(model, layout, conversion, covers=lambda parameter: _stem(parameter) not in left_out)
+        loads = record(model, layout, checkpoint_format, covers=lambda parameter: _stem(parameter) not in left_out)
         wants, fallback = wants_and_fallback(loads, layout)
         return {
             "wants": pack(wants, [weight[0] for weight in weights]),

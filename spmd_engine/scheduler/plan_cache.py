@@ -14,7 +14,7 @@ from spmd_engine.planning.layout import SourceLayout
 from spmd_engine.planning.plan import TransferPlan
 from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.transfer import bucketed, direct
-from spmd_engine.transfer.fingerprint import Probe
+from spmd_engine.transfer.fingerprint import Fingerprint
 from spmd_engine.transfer.handles import OpenHandles
 
 #: Of each rank of an update the number of its node, and whether its shards are in CPU memory.
@@ -50,7 +50,7 @@ class Prepared:
     bucketed: bucketed.BucketedTransfer | None
     has_constants: bool
     derivations: list[Callable[[], Any]]
-    target: Probe
+    target: Fingerprint
     opened_at: int = -1
 
     def close(self) -> None:

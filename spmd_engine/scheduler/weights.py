@@ -27,20 +27,20 @@ from spmd_engine.scheduler.adapter import memory as sglang_memory
 from spmd_engine.scheduler.adapter import model as sglang_model
 from spmd_engine.scheduler.bucket_setup import BucketSetup
 from spmd_engine.scheduler.plan_cache import Places, PlanCache, PlanKey, Prepared
-from spmd_engine.scheduler.recording.checkpoint_format import Conversion
+from spmd_engine.scheduler.recording.checkpoint_format import CheckpointFormat
 from spmd_engine.scheduler.recording.loading import (
-    Foresight,
     Loads,
-    as_loaded,
+    Prerecording,
+    adapt_to_loader,
     check_all_used,
-    recorded,
+    record,
     write_constants,
 )
 from spmd_engine.scheduler.recording.recording import DTYPES
 from spmd_engine.stats import UpdateStats
 from spmd_engine.transfer import direct
 from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError
-from spmd_engine.transfer.fingerprint import Probe
+from spmd_engine.transfer.fingerprint import Fingerprint
 from spmd_engine.transfer.handles import OpenHandles
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class WeightsKeeper:
     Attributes:
         version: number of the last update that was committed.
         device: of the parameters.
-        conversion: of the trainer's names and shapes to those that the model's loader knows.
+        checkpoint_format: of the trainer's names and shapes to those that the model's loader knows.
     """
 
     def __init__(self, scheduler: Any, start: Start, channel: Channel[ToScheduler]) -> None:
@@ -97,21 +97,21 @@ class WeightsKeeper:
         if start.is_restart:
             self._broken = "the engine was restarted with the weights of its checkpoint: call update_weights first"
         self._are_lost = False  # the parameters' contents, constants included
-        self.conversion = Conversion(sglang_model.hf_config_of(scheduler))
-        self._foresight: Foresight | None = None
+        self.checkpoint_format = CheckpointFormat(sglang_model.hf_config_of(scheduler))
+        self._prerecording: Prerecording | None = None
         self._attempt = partial(attempt, rank=start.rank, device=self.device)
 
     def prerecord(self) -> None:
         """Record how the first weights will load, while there is nothing else to do, if that takes long."""
         try:
-            if self.conversion.is_known_to_fuse:
-                self._foresight = Foresight(sglang_model.model_of(self._scheduler), self.conversion)
+            if self.checkpoint_format.is_known_to_fuse:
+                self._prerecording = Prerecording(sglang_model.model_of(self._scheduler), self.checkpoint_format)
         except Exception as error:  # of whatever kind: the update itself will tell
-            logger.info("rank %d: how the first weights will load cannot be foreseen: %s", self._rank, error)
+            logger.info("rank %d: how the first weights will load cannot be recorded ahead: %s", self._rank, error)
 
     def prerecorded(self, layout: SourceLayout) -> Loads | None:
         """How the weights of a layout load, if that is known before any update."""
-        return self._foresight.loads(sglang_model.model_of(self._scheduler), layout) if self._foresight else None
+        return self._prerecording.loads(sglang_model.model_of(self._scheduler), layout) if self._prerecording else None
 
     def offer(self, counts: Mapping[bytes, int], sock: socket.socket) -> None:
         """Take the file descriptors of this rank's memory from the trainer, and offer them until `withdraw`."""
@@ -300,10 +300,10 @@ class WeightsKeeper:
         model = sglang_model.model_of(self._scheduler)
         staged = direct.unreachable(memories, nodes, self._rank, self.device)
         loads = self.prerecorded(layout)
-        self._foresight = None  # the plan has it all
+        self._prerecording = None  # the plan has it all
         planning = began = time.monotonic()
         if loads is None:
-            loads = recorded(model, layout, self.conversion)
+            loads = record(model, layout, self.checkpoint_format)
             planning = time.monotonic()
         by_name = {weight.name: weight for weight in layout.weights}
         buffers = {
@@ -326,7 +326,7 @@ class WeightsKeeper:
             plan_s=time.monotonic() - planning,
             has_constants=loads.has_constants,
             derivations=sglang_model.derivations(model),
-            target=Probe(model, model.parameters()),
+            target=Fingerprint(model, model.parameters()),
             transfer=direct.prepare(plan, rank=self._rank, device=self.device, handles=self._places.handles),
             bucketed=None,
         )
@@ -337,7 +337,7 @@ class WeightsKeeper:
     def _begin(self, prepared: Prepared, *, flush: bool) -> None:
         """Begin to copy what is read in place."""
         if self._are_lost and prepared.has_constants:
-            write_constants(sglang_model.model_of(self._scheduler), prepared.layout, self.conversion)
+            write_constants(sglang_model.model_of(self._scheduler), prepared.layout, self.checkpoint_format)
         prepared.transfer.wait()  # SGLang's own streams may still read the old weights
         prepared.transfer.start()
         if flush:
@@ -350,11 +350,11 @@ class WeightsKeeper:
         # Before the fallback, whose loaders may work in place.
         wrong = prepared.transfer.compare() if verify else None
         if prepared.buffers:
-            named = as_loaded(prepared.buffers, prepared.converted, self.conversion)
-            with torch.no_grad(), sglang_model.addresses_kept(model):
+            named = adapt_to_loader(prepared.buffers, prepared.converted, self.checkpoint_format)
+            with torch.no_grad(), sglang_model.keep_addresses(model):
                 model.load_weights(iter(named.items()))  # type: ignore[operator]
         if prepared.derivations:
-            with torch.no_grad(), sglang_model.addresses_kept(model):
+            with torch.no_grad(), sglang_model.keep_addresses(model):
                 for derive in prepared.derivations:
                     derive()
         prepared.transfer.wait()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from spmd_engine.errors import PlanError
 from spmd_engine.planning.layout import FlatShard, Mesh, Placement, Replicate, local_box
-from spmd_engine.trainer.names import joined
+from spmd_engine.trainer.names import join
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def named_weights(module: torch.nn.Module) -> Iterator[Item]:
                 yield name, weight, is_second_name or id(child) in seen
             seen.add(id(child))
         for name, tensor, is_buffer in _beside(child, flattened):
-            yield joined(prefix, name), tensor, is_buffer
+            yield join(prefix, name), tensor, is_buffer
 
 
-class FlatProbe:
-    """Recognises a module with FSDP1 in it whose tensors are where they were, as `probe.Probe` does for others.
+class FlatFingerprint:
+    """Recognises a module with FSDP1 in it whose tensors are where they were, as `Fingerprint` does for others.
 
     What FSDP registers as parameters changes during a training step, so the flat parameters themselves are looked at.
-    Like the other probe it has no reference to a tensor.
+    Like the other one it has no reference to a tensor.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -263,4 +263,4 @@ def _mesh_of(unit: Any) -> tuple[Mesh | None, tuple[Placement, ...]]:
 
 
 def _name(prefix: str, info: Any) -> str:
-    return joined(prefix, info.module_name, info.param_name)
+    return join(prefix, info.module_name, info.param_name)

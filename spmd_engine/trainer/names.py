@@ -14,7 +14,7 @@ _ADAPTERS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B
 _DDP = "module."
 
 
-def joined(*parts: str) -> str:
+def join(*parts: str) -> str:
     """The parts of a name put together, without empty ones and wrappers."""
     return ".".join(part for name in parts for part in name.split(".") if part and part not in _WRAPPED)
 
@@ -36,7 +36,7 @@ def checkpoint_names(names: Iterable[str], source: object, rename: Rename | None
     """
     listed = list(names)
     prefixes = _ddp_prefixes(source) if isinstance(source, torch.nn.Module) else []
-    cleaned = [joined(name) for name in listed]
+    cleaned = [join(name) for name in listed]
     if not isinstance(source, torch.nn.Module) and all(name.startswith(_DDP) for name in cleaned):
         prefixes = [""]
     owners: dict[str, str] = {}
@@ -63,5 +63,5 @@ def checkpoint_names(names: Iterable[str], source: object, rename: Rename | None
 def _ddp_prefixes(source: torch.nn.Module) -> list[str]:
     """Cleaned prefixes of the modules that are DDP's, the longest first, so that the others stay true."""
     kinds = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    found = {joined(prefix) for prefix, module in source.named_modules() if isinstance(module, kinds)}
+    found = {join(prefix) for prefix, module in source.named_modules() if isinstance(module, kinds)}
     return sorted((f"{prefix}." if prefix else "" for prefix in found), key=len, reverse=True)

@@ -26,7 +26,7 @@ from spmd_engine.planning.layout import (
 )
 from spmd_engine.trainer import fsdp1
 from spmd_engine.trainer.names import Rename, checkpoint_names
-from spmd_engine.transfer.fingerprint import Probe
+from spmd_engine.transfer.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -70,7 +70,7 @@ class SourceReader:
         self._rank = rank
         self._last: Source | None = None
         self._rename: Rename | None = None
-        self._probe: Probe | fsdp1.FlatProbe | None = None
+        self._fingerprint: Fingerprint | fsdp1.FlatFingerprint | None = None
 
     def read(self, source: torch.nn.Module | Mapping[str, torch.Tensor], rename: Rename | None = None) -> Source:
         """Describe a module (plain, or sharded by FSDP1 or FSDP2) or a mapping from names to tensors or DTensors.
@@ -84,21 +84,23 @@ class SourceReader:
         Raises:
             PlanError: a weight that cannot be read as it is, by name, with what to do.
         """
-        last, probe = self._last, self._probe
+        last, fingerprint = self._last, self._fingerprint
         if rename is not self._rename:
-            probe, self._rename = None, rename
-        if last is not None and probe is not None and probe.holds(source):
+            fingerprint, self._rename = None, rename
+        if last is not None and fingerprint is not None and fingerprint.holds(source):
             return last
         with torch.no_grad():  # without it, DTensor.to_local() builds an autograd node
             items = _items(source, rename)
-            if last is not None and probe is not None and probe.holds(source):  # FSDP2 had weights unsharded till now
+            if (
+                last is not None and fingerprint is not None and fingerprint.holds(source)
+            ):  # FSDP2 had weights unsharded till now
                 return last
-            self._last, self._probe = None, None
+            self._last, self._fingerprint = None, None
             described = describe(items, self._rank)
             if last is not None and described.layout == last.layout:
                 described = replace(described, layout=last.layout)
             if isinstance(source, (torch.nn.Module, dict)):
-                self._probe = _probe(source, items)
+                self._fingerprint = _take_fingerprint(source, items)
         self._last = replace(described, shards=())
         return described
 
@@ -196,10 +198,12 @@ def _items(source: object, rename: Rename | None) -> list[Item]:
     return [(names[name], tensor, is_optional) for name, tensor, is_optional in items]
 
 
-def _probe(source: torch.nn.Module | dict[str, torch.Tensor], items: list[Item]) -> Probe | fsdp1.FlatProbe:
+def _take_fingerprint(
+    source: torch.nn.Module | dict[str, torch.Tensor], items: list[Item]
+) -> Fingerprint | fsdp1.FlatFingerprint:
     if isinstance(source, torch.nn.Module) and fsdp1.is_used_in(source):
-        return fsdp1.FlatProbe(source)
-    return Probe(source, [tensor for _, tensor, _ in items if isinstance(tensor, torch.Tensor)])
+        return fsdp1.FlatFingerprint(source)
+    return Fingerprint(source, [tensor for _, tensor, _ in items if isinstance(tensor, torch.Tensor)])
 
 
 def _named_tensors(source: object) -> Iterator[Item]:

@@ -1,10 +1,12 @@
 """Recognises a module or a mapping whose tensors are where they were: the steady path's look at every weight.
 
-Describing the 339 parameters of a 7B model takes fifty times as long as this.
+Describing the 339 parameters of a 7B model takes fifty times as long as this. Where a tensor's data lies is asked
+through DLPack's C exchange API, which torch has from 2.10 on (torch/_tensor.py: `__dlpack_c_exchange_api__`).
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -13,8 +15,22 @@ import torch
 
 from spmd_engine.transfer import _native
 
+logger = logging.getLogger(__name__)
 
-class Probe:
+# What csrc/python/snapshot.cpp raises for what is no ordinary module or tensor: TorchScript's modules have no
+# registries, and some tensors no address.
+_STRANGE = (TypeError, AttributeError, BufferError, RuntimeError)
+_warned: set[str] = set()
+
+
+def _warn(why: str) -> None:
+    """Say once that updates will take longer than they need."""
+    if why not in _warned:
+        _warned.add(why)
+        logger.warning("each update describes all weights anew, which takes about fifty times as long: %s", why)
+
+
+class Fingerprint:
     """Remembers which tensors a source has, and where.
 
     It keeps no tensor alive and holds no weak reference to one, either: with these, torch could not swap them, as
@@ -39,6 +55,8 @@ class Probe:
         self._shardings = [tensor._spec for tensor in listed if isinstance(tensor, DTensor)]
         # A tensor that is not registered (made by a hook, say) could change unseen.
         sees_all = registered.issuperset(map(id, listed))
+        if not sees_all:
+            _warn("some weights are tensors that no module registers, made by a hook, for example")
         self._visited = b""
         self._seen = self._look(source) if sees_all else None
 
@@ -57,6 +75,7 @@ class Probe:
         try:
             mapping = source if self._source is None else {}
             seen, self._visited = _native.snapshot(modules, mapping, torch.Tensor, self._sharded_type)
-        except Exception:  # TorchScript's modules have no registries, and some tensors no address
+        except _STRANGE as error:
+            _warn(f"{type(error).__name__}: {error}")
             return None
         return seen

@@ -12,8 +12,8 @@ from spmd_engine.errors import PlanError
 from spmd_engine.planning.layout import SourceLayout, Weight
 from spmd_engine.planning.plan import build_plan
 from spmd_engine.scheduler.adapter import model as sglang_model
-from spmd_engine.scheduler.recording.checkpoint_format import Conversion
-from spmd_engine.scheduler.recording.loading import recorded
+from spmd_engine.scheduler.recording.checkpoint_format import CheckpointFormat
+from spmd_engine.scheduler.recording.loading import record
 from spmd_engine.transfer import _native
 
 
@@ -35,7 +35,7 @@ def loaded_as_recorded(model: Several, **weights: torch.Tensor):
     """Do with the weights what was recorded, the fallback included; returns what was recorded."""
     layout = SourceLayout(tuple(Weight(n, tuple(w.shape), "float32") for n, w in weights.items()), ())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loads = recorded(model, layout, Conversion(None))
+    loads = record(model, layout, CheckpointFormat(None))
     for name, tensor in model.state_dict().items():  # recording leaves alone what may be in use
         assert torch.equal(tensor, before[name]), name
     table = build_plan(layout, loads.copies, rank=0).bind(
@@ -131,7 +131,7 @@ def test_what_depends_on_no_weight_is_written_at_once():
 
     model = Several(load, a=(4,), c=(4,))
     layout = SourceLayout((Weight("a", (4,), "float32"),), ())
-    assert not recorded(model, layout, Conversion(None)).fallback
+    assert not record(model, layout, CheckpointFormat(None)).fallback
     assert model.c.tolist() == [6] * 4
 
 
@@ -149,7 +149,7 @@ def test_a_weight_whose_value_is_needed_excuses_no_other_one():
     assert model.scale.item() == 5 and model.a.tolist() == [0, 1, 2, 3]
     layout = SourceLayout((Weight("scale", (1,), "float32"), Weight("a", (4,), "float32")), ())
     with pytest.raises(PlanError, match=r"the source has no weight for q \[4, 4\]"):
-        recorded(Several(looked_at, scale=(1,), a=(4,), q=(4, 4)), layout, Conversion(None))
+        record(Several(looked_at, scale=(1,), a=(4,), q=(4, 4)), layout, CheckpointFormat(None))
 
 
 def test_a_loader_that_fails_on_other_values_is_refused():
@@ -161,7 +161,7 @@ def test_a_loader_that_fails_on_other_values_is_refused():
     with pytest.raises(
         PlanError, match=r"would have to load scale by itself, and fails on zeros .*: ZeroDivisionError"
     ):
-        recorded(Several(load, scale=(1,)), layout, Conversion(None))
+        record(Several(load, scale=(1,)), layout, CheckpointFormat(None))
 
 
 class Deriving(torch.nn.Module):
@@ -198,7 +198,7 @@ def test_a_loader_that_wants_all_weights_at_once_is_refused_before_anything_is_w
     model = Several(load, a=(4,), b=(4,))
     layout = SourceLayout((Weight("a", (4,), "float32"), Weight("b", (4,), "float32")), ())
     with pytest.raises(PlanError, match=r"would have to load a by itself.*some weights are not loaded"):
-        recorded(model, layout, Conversion(None))
+        record(model, layout, CheckpointFormat(None))
     assert model.a.tolist() == [1] * 4
 
 
@@ -274,8 +274,8 @@ def test_what_a_loader_derives_anew_stays_where_it_was():
 
     model = Several(load, a=(4,))
     model.derived = derived = torch.zeros(4)  # a CUDA graph may have its address
-    recorded(model, SourceLayout((Weight("a", (4,), "float32"),), ()), Conversion(None))
+    record(model, SourceLayout((Weight("a", (4,), "float32"),), ()), CheckpointFormat(None))
     assert model.derived is derived and not derived.any()
-    with sglang_model.addresses_kept(model):
+    with sglang_model.keep_addresses(model):
         model.load_weights({"a": torch.arange(4.0)}.items())
     assert model.derived is derived and derived.tolist() == [1, 2, 3, 4]

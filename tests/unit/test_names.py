@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from spmd_engine.errors import PlanError
-from spmd_engine.trainer.names import checkpoint_names, joined
+from spmd_engine.trainer.names import checkpoint_names, join
 from spmd_engine.trainer.sources import SourceReader
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -63,7 +63,7 @@ def test_wrappers_in_a_mapping():
     }
     assert [w.name for w in SourceReader(0).read(weights).layout.weights] == ["a.weight", "a.module.b"]
     assert list(checkpoint_names(["module.a", "b"], {}).values()) == ["module.a", "b"]
-    assert joined("", "a._orig_mod", "w") == "a.w"
+    assert join("", "a._orig_mod", "w") == "a.w"
 
 
 class Lazy(Mapping):

@@ -12,7 +12,7 @@ from spmd_engine.planning.plan import RecordedCopy, build_plan
 from spmd_engine.planning.shard_memory import ShardMemory
 from spmd_engine.scheduler.plan_cache import Places, PlanCache, Prepared
 from spmd_engine.transfer import direct
-from spmd_engine.transfer.fingerprint import Probe
+from spmd_engine.transfer.fingerprint import Fingerprint
 
 LAYOUT = SourceLayout((Weight("w", (4,), "float32"),), ())
 TOPOLOGY = ((0, True),)
@@ -23,7 +23,7 @@ def prepare(model: torch.nn.Module) -> Prepared:
     copy = RecordedCopy("w", (4,), 0, (1,), address, (1,), "float32", "weight")
     plan = build_plan(LAYOUT, [copy], rank=0)
     transfer = direct.prepare(plan, rank=0, device=torch.device("cpu"), handles=None)
-    target = Probe(model, model.parameters())
+    target = Fingerprint(model, model.parameters())
     return Prepared(LAYOUT, plan, {}, frozenset(), 0.0, 0.0, transfer, None, False, [], target)
 
 

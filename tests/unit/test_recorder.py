@@ -13,8 +13,8 @@ from spmd_engine.errors import PlanError
 from spmd_engine.planning import coverage
 from spmd_engine.planning.layout import SourceLayout, Weight
 from spmd_engine.planning.plan import build_plan
-from spmd_engine.scheduler.recording.checkpoint_format import Conversion
-from spmd_engine.scheduler.recording.loading import recorded
+from spmd_engine.scheduler.recording.checkpoint_format import CheckpointFormat
+from spmd_engine.scheduler.recording.loading import record as record_layout
 from spmd_engine.scheduler.recording.plain_recorder import NotPlainError, PlainRecorder
 from spmd_engine.scheduler.recording.recorder import Recorder
 from spmd_engine.scheduler.recording.recording import DTYPE_NAMES
@@ -240,7 +240,7 @@ def test_a_loader_that_is_not_plain_is_recorded_all_the_same(caplog):
     layout = SourceLayout((Weight("a", (4, 4), "float32"),), ())
     for load, fallback in ((lambda p, n, w: p.data.copy_(w.bfloat16()), []), (lambda p, n, w: p.data.copy_(-w), ["a"])):
         with caplog.at_level("INFO", "spmd_engine"):
-            loads = recorded(Toy((4, 4), load), layout, Conversion(None))
+            loads = record_layout(Toy((4, 4), load), layout, CheckpointFormat(None))
         assert [*loads.fallback] == fallback
         assert [copy.weight for copy in loads.copies] == ["a"][len(fallback) :]
         assert "recorded by every operation of their loader" in caplog.text
@@ -250,17 +250,17 @@ def test_weights_that_are_permuted_after_loading_are_refused():
     model = Toy((4, 4), lambda p, n, w: p.data.copy_(w))
     layout = SourceLayout((Weight("a", (4, 4), "float32"),), ())
     model.quant_method = SimpleNamespace(w13_swiglu_interleaved=False)
-    assert len(recorded(model, layout, Conversion(None)).copies) == 1
+    assert len(record_layout(model, layout, CheckpointFormat(None)).copies) == 1
     model.quant_method.w13_swiglu_interleaved = True  # as SGLang 0.5.23 does on a GPU
     with pytest.raises(PlanError, match=r"another order.*without SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"):
-        recorded(model, layout, Conversion(None))
+        record_layout(model, layout, CheckpointFormat(None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_a_quantised_parameter_is_refused_by_name(dtype):
     layout = SourceLayout((Weight("a", (4, 4), "bfloat16"),), ())
     with pytest.raises(PlanError, match=r"p of the engine is (float8_e4m3fn|int8): weights would have to be quantised"):
-        recorded(Toy((4, 4), lambda p, n, w: p.data.copy_(w), dtype), layout, Conversion(None))
+        record_layout(Toy((4, 4), lambda p, n, w: p.data.copy_(w), dtype), layout, CheckpointFormat(None))
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def _attributes(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torc
 
 
 @contextlib.contextmanager
-def attributes_restored(model: torch.nn.Module) -> Iterator[None]:
+def restore_attributes(model: torch.nn.Module) -> Iterator[None]:
     """Give modules the tensors back that they had beside parameters: a recording derives others from no values."""
     before = _attributes(model)
     try:
@@ -91,7 +91,7 @@ def attributes_restored(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def addresses_kept(model: torch.nn.Module) -> Iterator[None]:
+def keep_addresses(model: torch.nn.Module) -> Iterator[None]:
     """Let tensors that modules keep beside parameters stay where they are: CUDA graphs have their addresses.
 
     SGLang's loaders derive some of them anew. Such a one is copied to where its predecessor was.

@@ -23,7 +23,7 @@ T = TypeVar("T", bound=torch.Tensor)
 Described = tuple[str, tuple[int, ...], str, bool]
 
 
-class Conversion:
+class CheckpointFormat:
     """The way back from memory to checkpoint for one model.
 
     Args:

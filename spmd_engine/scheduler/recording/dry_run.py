@@ -16,7 +16,7 @@ from spmd_engine.scheduler.recording.recording import Parameters, Recording, wri
 _NAMES_SHOWN = 5
 
 
-def rehearse(
+def dry_run(
     model: torch.nn.Module, weights: Mapping[str, torch.Tensor], recording: Recording, parameters: Parameters
 ) -> None:
     """Load weights as the fallback will, without writing any parameter, and note which regions it will write.
@@ -30,7 +30,7 @@ def rehearse(
         PlanError: the loader fails on them.
     """
     try:
-        with torch.no_grad(), everywhere(lambda: _RehearsalMode(recording, parameters)):
+        with torch.no_grad(), everywhere(lambda: _DryRunMode(recording, parameters)):
             model.load_weights((name, zero.contiguous()) for name, zero in weights.items())  # type: ignore[operator]
     except Exception as error:
         names = ", ".join(sorted(weights)[:_NAMES_SHOWN]) + (", ..." if len(weights) > _NAMES_SHOWN else "")
@@ -45,7 +45,7 @@ def zeros(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> tor
     return torch.zeros((), dtype=dtype, device=device).expand(*shape)
 
 
-class _RehearsalMode(TorchDispatchMode):
+class _DryRunMode(TorchDispatchMode):
     """Notes which regions of parameters a loader writes, and lets it write none."""
 
     def __init__(self, recording: Recording, parameters: Parameters) -> None:

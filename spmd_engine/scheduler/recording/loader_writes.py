@@ -41,7 +41,7 @@ class _Write:
         return not parameters.isdisjoint(self.sources or ()) or any(name in parameters for name, _ in self.targets)
 
 
-class OtherWrites:
+class LoaderWrites:
     """Those of one recording.
 
     Args:

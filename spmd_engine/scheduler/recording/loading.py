@@ -16,12 +16,12 @@ from spmd_engine.planning.layout import SourceLayout, Weight
 from spmd_engine.planning.plan import RecordedCopy
 from spmd_engine.planning.read_sets import ReadSet, elements, subtract
 from spmd_engine.scheduler.adapter import model as sglang_model
-from spmd_engine.scheduler.recording.checkpoint_format import Conversion
-from spmd_engine.scheduler.recording.dry_run import rehearse, zeros
+from spmd_engine.scheduler.recording.checkpoint_format import CheckpointFormat
+from spmd_engine.scheduler.recording.dry_run import dry_run, zeros
 from spmd_engine.scheduler.recording.plain_recorder import NotPlainError, PlainRecorder
 from spmd_engine.scheduler.recording.recorder import Recorder
 from spmd_engine.scheduler.recording.recording import DTYPE_NAMES, DTYPES, Recording
-from spmd_engine.transfer.fingerprint import Probe
+from spmd_engine.transfer.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 _NAMES_SHOWN = 5
@@ -44,10 +44,10 @@ class Loads:
     has_constants: bool
 
 
-def recorded(
+def record(
     model: torch.nn.Module,
     layout: SourceLayout,
-    conversion: Conversion,
+    checkpoint_format: CheckpointFormat,
     covers: Callable[[str], bool] = lambda parameter: True,
 ) -> Loads:
     """How the model's own loader fills its parameters from a layout.
@@ -60,22 +60,22 @@ def recorded(
             it is loaded.
     """
     sglang_model.check_kept_as_loaded(model)
-    with sglang_model.attributes_restored(model):
-        return _recorded(model, layout, conversion, covers)
+    with sglang_model.restore_attributes(model):
+        return _record_all(model, layout, checkpoint_format, covers)
 
 
-def _recorded(
-    model: torch.nn.Module, layout: SourceLayout, conversion: Conversion, covers: Callable[[str], bool]
+def _record_all(
+    model: torch.nn.Module, layout: SourceLayout, checkpoint_format: CheckpointFormat, covers: Callable[[str], bool]
 ) -> Loads:
     try:
-        recording, converted = _record(PlainRecorder(model), layout, conversion)
+        recording, converted = _run(PlainRecorder(model), layout, checkpoint_format)
         fallback = _cover(model, recording, covers)
         if fallback:
             raise NotPlainError(f"{len(fallback)} weights need the fallback")
     except (NotPlainError, PlanError) as error:
         logger.info("the weights are recorded by every operation of their loader: %s", error)
         recorder = Recorder(model)
-        recording, converted = _record(recorder, layout, conversion)
+        recording, converted = _run(recorder, layout, checkpoint_format)
         fallback = _cover(model, recording, covers) | recording.fallback
         if fallback:
             without_values = {
@@ -83,13 +83,15 @@ def _recorded(
                 for weight in layout.weights
                 if weight.name in fallback
             }
-            rehearse(model, as_loaded(without_values, converted, conversion), recording, recorder.parameters)
+            dry_run(
+                model, adapt_to_loader(without_values, converted, checkpoint_format), recording, recorder.parameters
+            )
     copies = [copy for copy in coverage.last_of_duplicates(recording.copies) if copy.weight not in fallback]
     return Loads(copies, fallback, converted, bool(recording.constants))
 
 
-def as_loaded(
-    weights: Mapping[str, torch.Tensor], converted: frozenset[str], conversion: Conversion
+def adapt_to_loader(
+    weights: Mapping[str, torch.Tensor], converted: frozenset[str], checkpoint_format: CheckpointFormat
 ) -> dict[str, torch.Tensor]:
     """Weights of the fallback under the names, and in the form, that the model's loader knows.
 
@@ -98,31 +100,31 @@ def as_loaded(
     """
     direct = {name: tensor for name, tensor in weights.items() if name not in converted}
     turned = {name: tensor for name, tensor in weights.items() if name in converted}
-    return {**direct, **conversion.to_checkpoint(turned)}
+    return {**direct, **checkpoint_format.to_checkpoint(turned)}
 
 
-class Foresight:
+class Prerecording:
     """The recording of a trainer's first weights, made before they come: transformers' model tells which they will be.
 
     To record the 18432 expert weights of a Qwen3-30B-A3B takes seconds, in which the process would else be idle.
 
     Args:
         model: SGLang's.
-        conversion: of the same model.
+        checkpoint_format: of the same model.
 
     Raises:
         ConfigError: transformers has no such model.
-        PlanError: see `recorded`.
+        PlanError: see `record`.
     """
 
-    def __init__(self, model: torch.nn.Module, conversion: Conversion) -> None:
-        described, _ = conversion.trainer_weights(dtype=DTYPE_NAMES[next(model.parameters()).dtype])
+    def __init__(self, model: torch.nn.Module, checkpoint_format: CheckpointFormat) -> None:
+        described, _ = checkpoint_format.trainer_weights(dtype=DTYPE_NAMES[next(model.parameters()).dtype])
         layout = SourceLayout(tuple(Weight(name, shape, dtype) for name, shape, dtype, _ in described), ())
-        self._kinds, self._target = _kinds(layout), Probe(model, model.parameters())
-        self._loads = recorded(model, layout, conversion)
+        self._kinds, self._target = _kinds(layout), Fingerprint(model, model.parameters())
+        self._loads = record(model, layout, checkpoint_format)
 
     def loads(self, model: torch.nn.Module, layout: SourceLayout) -> Loads | None:
-        """How the weights of `layout` load, if they were foreseen and the parameters are where they were."""
+        """How the weights of `layout` load, if they were recorded ahead and the parameters are where they were."""
         return self._loads if self._kinds == _kinds(layout) and self._target.holds(model) else None
 
 
@@ -130,16 +132,16 @@ def _kinds(layout: SourceLayout) -> list[tuple[str, tuple[int, ...], str]]:
     return [(weight.name, weight.shape, weight.dtype) for weight in layout.weights]
 
 
-def write_constants(model: torch.nn.Module, layout: SourceLayout, conversion: Conversion) -> None:
+def write_constants(model: torch.nn.Module, layout: SourceLayout, checkpoint_format: CheckpointFormat) -> None:
     """Let the model's loader write the elements that it fills by itself, and no weights."""
     try:
-        _record(PlainRecorder(model), layout, conversion)
+        _run(PlainRecorder(model), layout, checkpoint_format)
     except NotPlainError:
-        _record(Recorder(model), layout, conversion)
+        _run(Recorder(model), layout, checkpoint_format)
 
 
-def _record(
-    recorder: PlainRecorder | Recorder, layout: SourceLayout, conversion: Conversion
+def _run(
+    recorder: PlainRecorder | Recorder, layout: SourceLayout, checkpoint_format: CheckpointFormat
 ) -> tuple[Recording, frozenset[str]]:
     """Record how the model loads the weights of a layout.
 
@@ -150,7 +152,7 @@ def _record(
     recording = recorder.run(list(stand_ins.items()))
     used = recording.used()
     unused = {name: tensor for name, tensor in stand_ins.items() if name not in used}
-    views = conversion.to_checkpoint(unused)
+    views = checkpoint_format.to_checkpoint(unused)
     renamed = {name: tensor for name, tensor in views.items() if name not in unused}
     if not renamed:
         return recording, frozenset()

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map_only
 from spmd_engine.errors import PlanError
 from spmd_engine.planning.layout import Weight
 from spmd_engine.planning.plan import RecordedCopy
-from spmd_engine.scheduler.recording.dry_run import everywhere, rehearse, zeros
-from spmd_engine.scheduler.recording.loader_writes import WEIGHT, OtherWrites
+from spmd_engine.scheduler.recording.dry_run import dry_run, everywhere, zeros
+from spmd_engine.scheduler.recording.loader_writes import WEIGHT, LoaderWrites
 from spmd_engine.scheduler.recording.recording import (
     DTYPE_NAMES,
     DTYPES,
@@ -112,7 +112,7 @@ class _RecordingMode(TorchDispatchMode):
         inputs = _stand_ins(args, kwargs)
         if inputs:
             return self._recorder.dispatch(func, args, kwargs or {}, inputs)
-        return self._recorder.others.perform(func, args, kwargs or {})
+        return self._recorder.loader_writes.perform(func, args, kwargs or {})
 
 
 class Recorder:
@@ -131,7 +131,7 @@ class Recorder:
 
     def _begin(self, recording: Recording) -> None:
         self.recording = recording
-        self.others = OtherWrites(recording, self.parameters)
+        self.loader_writes = LoaderWrites(recording, self.parameters)
 
     def stand_in(self, weight: Weight) -> RecordingTensor:
         """A tensor that stands for a weight of the trainer."""
@@ -155,7 +155,7 @@ class Recorder:
                     self._model.load_weights(iter(left))  # type: ignore[operator]
                 if unseen:
                     stand_for = {name: zeros(x.shape, x.dtype, self.device) for name, x in unseen}
-                    rehearse(self._model, stand_for, self.recording, self.parameters)
+                    dry_run(self._model, stand_for, self.recording, self.parameters)
                 return self._settled()
             except NeedsValuesError as error:
                 fallback = self.recording.fallback | dict.fromkeys(error.names, error.what)
@@ -179,7 +179,7 @@ class Recorder:
 
     def _settled(self) -> Recording:
         """The recording, without copies of weights that turned out to need the fallback after they were made."""
-        self.others.settle()
+        self.loader_writes.settle()
         recording = self.recording
         dropped = [copy for copy in recording.copies if copy.weight in recording.fallback]
         recording.constants += [(copy.dst_address, copy.sizes, copy.dst_strides) for copy in dropped]
@@ -215,7 +215,7 @@ class Recorder:
         try:
             result = func(*meta_args, **meta_kwargs)
         except (RuntimeError, NotImplementedError) as error:
-            if _is_shape_error(error) and not any(x.is_relaid for x in inputs):
+            if not any(x.is_relaid for x in inputs) and _fails_with_values(func, meta_args, meta_kwargs):
                 raise
             raise NeedsValuesError(origins, f"its loader looks at values ({_name(func)})") from error
         only = inputs[0] if len(inputs) == 1 and not inputs[0].derived_by else None
@@ -237,7 +237,7 @@ class Recorder:
         targets = self.parameters.among([destination])
         self.recording.leave_to_fallback(targets)
         if not targets:
-            self.others.derive(destination, frozenset([WEIGHT]))
+            self.loader_writes.derive(destination, frozenset([WEIGHT]))
 
     def _copy(self, destination: torch.Tensor, source: RecordingTensor) -> None:
         if not destination.numel() and not source.numel():
@@ -259,7 +259,7 @@ class Recorder:
             self._fall_back(destination, source.origins, why)
             return
         (weight,) = source.origins
-        self.others.filled.add(region(destination))
+        self.loader_writes.filled.add(region(destination))
         self.recording.copies.append(
             RecordedCopy(
                 weight=weight,
@@ -294,11 +294,28 @@ def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return storage_id(a) == storage_id(b)
 
 
-def _is_shape_error(error: Exception) -> bool:
-    text = str(error)
-    return any(sign in text for sign in ("size", "shape", "dimension", "length", "out of range", "split")) and not any(
-        sign in text for sign in ("meta", "item()", "data-dependent")
-    )
+def _fails_with_values(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation that failed on tensors without values fails with values, too: by its shapes, that is.
+
+    The memory of these tensors is not touched before an operation uses it.
+    """
+
+    def zeros(x: torch.Tensor) -> torch.Tensor:
+        last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
+        return torch.zeros(x.storage_offset() + last + 1, dtype=x.dtype).as_strided(
+            x.shape, x.stride(), x.storage_offset()
+        )
+
+    real_args, real_kwargs = tree_map_only(torch.Tensor, zeros, (args, kwargs))
+    if "device" in real_kwargs:
+        real_kwargs["device"] = torch.device("cpu")
+    try:
+        func(*real_args, **real_kwargs)
+    except NotImplementedError:
+        return False
+    except Exception:
+        return True
+    return False
 
 
 def _culprits(trace: TracebackType | None) -> list[RecordingTensor]:

@@ -51,7 +51,7 @@ class Parameters:
         self.device = next(model.parameters()).device
         self._tensors: dict[str, torch.Tensor] = {}
         self._spans: dict[int, tuple[int, str]] = {}  # start -> end, the first of its names
-        for name, tensor in all_tensors(model):
+        for name, tensor in list_tensors(model):
             self._tensors[name] = tensor
             if tensor.numel():
                 self._spans.setdefault(tensor.data_ptr(), (tensor.data_ptr() + tensor.nbytes, name))
@@ -84,7 +84,7 @@ class Parameters:
         )
 
 
-def all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def list_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers; one storage may appear under several names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)

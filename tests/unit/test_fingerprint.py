@@ -1,4 +1,4 @@
-"""What `Probe` must notice, on real modules, dicts and DTensors."""
+"""What `Fingerprint` must notice, on real modules, dicts and DTensors."""
 
 import gc
 import struct
@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from spmd_engine.transfer import _native
-from spmd_engine.transfer.fingerprint import Probe
+from spmd_engine.transfer import fingerprint as fingerprint_module
+from spmd_engine.transfer.fingerprint import Fingerprint
 
 
 @pytest.fixture
@@ -22,17 +23,17 @@ def model(process_group):
     return module
 
 
-def probe_of(source):
+def take_fingerprint(source):
     tensors = source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
-    return Probe(source, tensors.values())
+    return Fingerprint(source, tensors.values())
 
 
 def test_values_may_change(model):
-    probe = probe_of(model)
+    fingerprint = take_fingerprint(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    assert probe.holds(model) and probe.holds(model)
+    assert fingerprint.holds(model) and fingerprint.holds(model)
 
 
 def in_place(model):
@@ -106,10 +107,10 @@ def none_for_a_parameter(model):
     ],
 )
 def test_a_changed_module_is_noticed(model, change):
-    probe = probe_of(model)
-    assert probe.holds(model)
+    fingerprint = take_fingerprint(model)
+    assert fingerprint.holds(model)
     change(model)
-    assert not probe.holds(model)
+    assert not fingerprint.holds(model)
 
 
 @pytest.mark.parametrize(
@@ -124,27 +125,31 @@ def test_a_changed_module_is_noticed(model, change):
 )
 def test_a_changed_mapping_is_noticed(change):
     source = {"a": torch.zeros(2), "b": torch.zeros(3)}
-    probe = probe_of(source)
-    assert probe.holds(source) and probe.holds(dict(source))
+    fingerprint = take_fingerprint(source)
+    assert fingerprint.holds(source) and fingerprint.holds(dict(source))
     change(source)
-    assert not probe.holds(source)
+    assert not fingerprint.holds(source)
 
 
 def test_another_source_and_tensors_that_no_module_registers_are_never_recognised(model):
-    probe = probe_of(model)
-    assert not probe.holds(dict(model.state_dict())) and not probe.holds(nn.Sequential(*model)) and not probe.holds(7)
-    assert not Probe(model, [torch.zeros(2)]).holds(model)
+    fingerprint = take_fingerprint(model)
+    assert (
+        not fingerprint.holds(dict(model.state_dict()))
+        and not fingerprint.holds(nn.Sequential(*model))
+        and not fingerprint.holds(7)
+    )
+    assert not Fingerprint(model, [torch.zeros(2)]).holds(model)
 
 
 def test_what_cannot_be_looked_at_is_never_recognised():
     scripted = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
-    assert not probe_of(scripted).holds(scripted)
+    assert not take_fingerprint(scripted).holds(scripted)
     strange = nn.Linear(2, 2)
-    probe = probe_of(strange)
+    fingerprint = take_fingerprint(strange)
     strange._parameters["bias"] = "no tensor"
-    assert not probe.holds(strange) and not probe_of(strange).holds(strange)
+    assert not fingerprint.holds(strange) and not take_fingerprint(strange).holds(strange)
     on_meta = nn.Linear(2, 2, device="meta")
-    assert not probe_of(on_meta).holds(on_meta)
+    assert not take_fingerprint(on_meta).holds(on_meta)
     without_parts = nn.Linear(2, 2)
     del without_parts.__dict__["_buffers"]
     with pytest.raises(TypeError, match="registers its parts in a dict"):
@@ -153,6 +158,23 @@ def test_what_cannot_be_looked_at_is_never_recognised():
         _native.snapshot([], {"a": 7}, torch.Tensor, DTensor)
     with pytest.raises(AttributeError, match="__dlpack_c_exchange_api__"):  # torch before 2.10
         _native.snapshot([], {}, int, DTensor)
+
+
+def test_what_makes_updates_slow_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(fingerprint_module, "_warned", set())
+    strange = nn.Linear(2, 2)
+    fingerprint = take_fingerprint(strange)
+    assert fingerprint.holds(strange) and not caplog.records
+    strange._parameters["bias"] = "no tensor"
+    for _ in range(3):
+        assert not fingerprint.holds(strange)
+    (record,) = caplog.records
+    assert "describes all weights anew" in record.message and "no tensor is registered" in record.message
+    Fingerprint(nn.Linear(2, 2), [torch.zeros(2)])
+    assert "that no module registers" in caplog.records[-1].message
+    monkeypatch.setattr(_native, "snapshot", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a defect is no strange module
+        fingerprint.holds(strange)
 
 
 def test_what_was_visited_may_be_gone():
@@ -166,10 +188,10 @@ def test_what_was_visited_may_be_gone():
 def test_nothing_is_kept_alive():
     model = nn.Linear(2, 2)
     watched = [weakref.ref(model), weakref.ref(model.weight)]
-    probe = probe_of(model)
-    assert probe.holds(model)
+    fingerprint = take_fingerprint(model)
+    assert fingerprint.holds(model)
     other = nn.Linear(2, 2)
     del model
     gc.collect()
     assert [reference() for reference in watched] == [None, None]
-    assert not probe.holds(other)
+    assert not fingerprint.holds(other)
