@@ -297,3 +297,36 @@ def test_coverage_counts_exactly():
     assert coverage.uncovered([region(p.flatten()[3:20])], *args) is None  # not a box
     assert coverage.uncovered([region(p.transpose(0, 2)[:4])], *args) == 6 * 4 * 4
     assert coverage.uncovered([region(p[i, :, ::1]) for i in range(6)], *args) == 0
+
+
+with_misleading_words = torch.library.Library("spmd_engine_tests", "DEF")
+with_misleading_words.define("knows_values(Tensor x) -> Tensor")
+with_misleading_words.define("knows_shapes(Tensor x) -> Tensor")
+
+
+def _refuse_without_values(x):
+    raise RuntimeError("the size of this tensor cannot be looked at")
+
+
+def _refuse_odd(x):
+    if x.shape[0] % 2:
+        raise RuntimeError("meta: no")
+    return x.clone()
+
+
+with_misleading_words.impl("knows_values", torch.clone, "CPU")
+with_misleading_words.impl("knows_values", _refuse_without_values, "Meta")
+with_misleading_words.impl("knows_shapes", _refuse_odd, "CompositeExplicitAutograd")
+
+
+def test_whether_a_shape_is_wrong_is_told_by_trying_and_not_by_the_words_of_a_message():
+    def values(p, name, w):
+        p.data.copy_(torch.ops.spmd_engine_tests.knows_values(w))
+
+    def shapes(p, name, w):
+        p.data.copy_(torch.ops.spmd_engine_tests.knows_shapes(w))
+
+    _, recording = record(Toy((3, 2), values), {"a": randn(3, 2)})
+    assert list(recording.fallback) == ["a"]  # the model's own loader can
+    with pytest.raises(PlanError, match="refuses the source: RuntimeError: meta: no"):  # nothing can
+        record(Toy((3, 2), shapes), {"a": randn(3, 2)})
