@@ -1,31 +1,25 @@
-"""`update_weights` on GPUs: shards in device memory of the trainer ranks, parameters in that of SGLang."""
+"""Engines on GPUs: jobs of one engine each, and a test for each scenario that a job's engine serves."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import models
 import pytest
 import torch
-from gpu.worker import SHAPE
-from integration.nodes import Node, two_nodes_or_skip
+from gpu.jobs import Job, Result, Runner
+from gpu.scenarios.common import SAVED, SHAPE
+from gpu.scenarios.memory import CAPTURES_GRAPHS
+from integration.nodes import two_nodes_or_skip
 
 from spmd_engine.transfer import _native
 
-WORKER = Path(__file__).with_name("worker.py")
-TIMEOUT_S = 420.0  # the first start compiles kernels
+GetResult = Callable[[str, str], Result]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
+    pytest.mark.timeout(1500),  # of the first test: other jobs may be before its own
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(not _native.has_cuda(), reason="spmd_engine was built without CUDA"),
 ]
@@ -33,128 +27,88 @@ two_gpus = [
     pytest.mark.multigpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
+CORES_A_JOB = 4
+
+SAME = "updates.bit_for_bit"
+SAME_EXPANDABLE = "updates.bit_for_bit_expandable"
+CHECKED = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "integration.checked_models"}
+GRAPHS_SLEEP = {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "1"}
+
+# In the order in which they start: those that share GPUs, the longest first; then those that want one, then two alone.
+JOBS = (
+    Job("lost-tp2", ("failures.lost_gpu",), tp=2, world=2, env=CHECKED),
+    Job("qwen2-tp2", (SAME, SAME_EXPANDABLE), tp=2, world=2, one_gpu_each=True),
+    # Two replicas: a scheduler process reads shards on a GPU that it does not see.
+    Job("replicas", (SAME, SAME_EXPANDABLE), world=2, one_gpu_each=True, server_args={"enable_memory_saver": True}),
+    Job("lost-tp1", ("failures.lost_gpu",), env=CHECKED),
+    Job("moe-tp2", (SAME,), model="qwen3_moe", tp=2, world=2),
+    Job(
+        "nodes",
+        ("updates.other_node",),
+        world=2,
+        one_gpu_each=True,
+        two_nodes=True,
+        env={"SPMD_ENGINE_BUCKET_BYTES": str(256 << 10)},
+    ),
+    Job("qwen2-tp1", (SAME, "updates.sources")),
+    Job("moe-tp1", (SAME,), model="qwen3_moe"),
+    Job("gemma-tp1", (SAME,), model="gemma"),
+    Job("expandable", (SAME,), env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+    Job("out-of-memory", ("failures.out_of_memory",), alone=True, server_args={"mem_fraction_static": 0.3}),
+    Job("graphs-stay-tp1", ("memory.sleep",), alone=True, server_args=CAPTURES_GRAPHS),
+    Job("graphs-sleep-tp1", ("memory.sleep",), alone=True, env=GRAPHS_SLEEP, server_args=CAPTURES_GRAPHS),
+    Job(
+        "keep-mapped",
+        ("memory.keep_mapped",),
+        alone=True,
+        server_args={"enable_memory_saver": True, "keep_mapped": True},
+    ),
+    Job("graphs-stay-tp2", ("memory.sleep",), tp=2, world=2, alone=True, server_args=CAPTURES_GRAPHS),
+    Job(
+        "graphs-sleep-tp2", ("memory.sleep",), tp=2, world=2, alone=True, env=GRAPHS_SLEEP, server_args=CAPTURES_GRAPHS
+    ),
+)
 
 
-def run_ranks(
-    tmp_path: Path,
-    scenario: str,
-    world: int,
-    *,
-    one_gpu_each: bool = False,
-    expandable: bool = False,
-    pausable_graphs: bool = False,
-    nodes: Sequence[Node] = (),
-    **arguments: Any,
-) -> None:
-    """Run a scenario of worker.py on `world` ranks.
+@pytest.fixture(scope="module")
+def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetResult]:
+    """result(job, step) -> how it went. The jobs of the tests that were chosen run side by side."""
+    chosen = {item.callspec.params["job"].name for item in request.session.items if item.path == request.path}
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+    checkpoints = tmp_path_factory.mktemp("checkpoints")
 
-    Args:
-        one_gpu_each: a rank sees its own GPU only, as under Ray.
-        expandable: the trainer's memory is in expandable segments.
-        pausable_graphs: SGLang captures CUDA graphs into memory that can be released.
-        nodes: one for each rank.
-    """
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-        if one_gpu_each:
-            env["CUDA_VISIBLE_DEVICES"] = str(rank)
-        if expandable:
-            env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-        if pausable_graphs:
-            env["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
-        if nodes:
-            env.update(nodes[rank].environment(nodes[0], ipv6=False), LOCAL_RANK="0")
-            # NCCL would see through it: the nodes are one machine.
-            env.update(NCCL_SOCKET_IFNAME=env["GLOO_SOCKET_IFNAME"], NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1")
-        with open(tmp_path / f"rank{rank}.log", "wb") as log:
-            command = [sys.executable, str(WORKER), scenario, json.dumps(arguments)]
-            ranks.append(
-                subprocess.Popen(
-                    command,
-                    cwd=tmp_path,
-                    env=env,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=nodes[rank].enter if nodes else None,
-                )
-            )
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            assert time.monotonic() < deadline, f"no end after {TIMEOUT_S:.0f} s\n{_logs(tmp_path, world)}"
-            time.sleep(0.1)
-        time.sleep(0.5 if any(rank.poll() for rank in ranks) else 0)
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert [rank.returncode for rank in ranks] == [0] * world, _logs(tmp_path, world)
+    def checkpoint(name: str) -> str:
+        path = checkpoints / name
+        if not path.exists():
+            models.save_model(name, path, seed=SAVED, **SHAPE)
+        return str(path)
 
-
-def _logs(directory: Path, world: int) -> str:
-    texts = [(directory / f"rank{rank}.log").read_text(errors="replace")[-5000:] for rank in range(world)]
-    return "\n".join(f"---- rank {rank} ----\n{text}" for rank, text in enumerate(texts))
+    runner = Runner(
+        [job for job in JOBS if job.name in chosen and job.world <= count],
+        tmp_path_factory.mktemp("jobs"),
+        gpus,
+        jobs_a_gpu=max(1, min(3, len(os.sched_getaffinity(0)) // (CORES_A_JOB * count))),
+        checkpoint=checkpoint,
+        make_nodes=two_nodes_or_skip,
+    )
+    yield runner.result
+    runner.close()
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "world", "how"),
+    ("job", "step"),
     [
-        ("qwen2", 1, 1, {}),
-        ("gemma", 1, 1, {}),
-        ("qwen3_moe", 1, 1, {}),
-        ("qwen2", 1, 1, {"expandable": True}),
-        pytest.param("qwen2", 2, 2, {"one_gpu_each": True}, marks=two_gpus),
-        pytest.param("qwen3_moe", 2, 2, {}, marks=two_gpus),
-        pytest.param("qwen2", 2, 2, {"one_gpu_each": True, "expandable": True}, marks=two_gpus),
-        # Two replicas: a scheduler process reads shards on a GPU that it does not see.
-        pytest.param("qwen2", 1, 2, {"one_gpu_each": True}, marks=two_gpus),
-        pytest.param("qwen2", 1, 2, {"one_gpu_each": True, "expandable": True}, marks=two_gpus),
+        pytest.param(job, step, id=f"{job.name}-{step.split('.')[-1]}", marks=two_gpus if job.world > 1 else [])
+        for job in JOBS
+        for step in job.steps
     ],
-    ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else None,
 )
-def test_bit_for_bit_what_sglang_loads(tmp_path: Path, name: str, tp: int, world: int, how: dict[str, bool]) -> None:
-    path, other = (str(models.save_model(name, tmp_path / str(seed), seed=seed, **SHAPE)) for seed in (1, 2))
-    run_ranks(tmp_path, "update", world, name=name, path=path, other=other, tp=tp, **how)
-
-
-@pytest.mark.multigpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_shards_on_another_node(tmp_path: Path) -> None:
-    path = str(models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE))
-    with two_nodes_or_skip() as nodes:
-        run_ranks(tmp_path, "other_node", 2, one_gpu_each=True, nodes=nodes, path=path)
-
-
-@pytest.mark.parametrize("pausable_graphs", [False, True], ids=["graphs-stay", "graphs-sleep"])
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=two_gpus)])
-def test_sleep_and_wake(tmp_path: Path, tp: int, pausable_graphs: bool) -> None:
-    path = str(models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE))
-    run_ranks(tmp_path, "sleep", tp, path=path, tp=tp, pausable_graphs=pausable_graphs)
-
-
-def test_what_stays_mapped_until_memory_is_short(tmp_path: Path) -> None:
-    path = str(models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE))
-    run_ranks(tmp_path, "keep_mapped", 1, path=path)
-
-
-def test_sources_that_change_and_sources_that_are_refused(tmp_path: Path) -> None:
-    path = models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE)
-    run_ranks(tmp_path, "sources", 1, path=str(path))
-
-
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=two_gpus)])
-def test_a_gpu_that_is_lost_to_its_process(tmp_path: Path, tp: int) -> None:
-    path = models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE)
-    run_ranks(tmp_path, "lost_gpu", tp, path=str(path))
-
-
-def test_no_memory_to_compute_in(tmp_path: Path) -> None:
-    path = models.save_model("qwen2", tmp_path / "1", seed=1, **SHAPE)
-    run_ranks(tmp_path, "out_of_memory", 1, path=str(path))
+def test_on_gpus(job: Job, step: str, result: GetResult, record_property: Callable[[str, object], None]) -> None:
+    found = result(job.name, step)
+    record_property("seconds", found.seconds)
+    print(found.text)
+    if found.outcome == "skipped":
+        pytest.skip(found.text)
+    assert found.outcome == "passed", found.text
