@@ -71,10 +71,10 @@ unit: $(UNIT_ENV)/.ready
 
 # ENV=none: PYTHON itself has SGLang, pytest and what a build needs. The module is built in place.
 ifeq ($(ENV),none)
-GPU_PYTHON := $(PYTHON)
+ACCEPTANCE_PYTHON := $(PYTHON)
 GPU_READY := gpu-module
 else
-GPU_PYTHON := $(BIN)/python
+ACCEPTANCE_PYTHON := $(BIN)/python
 GPU_READY := $(TEST_ENV)/.ready
 endif
 
@@ -84,7 +84,7 @@ gpu-module:
 
 # ARGS: e.g. "-k moe" or "-x". On two H100 or H200 with compiled kernels in less than 8 minutes.
 test-gpu: $(GPU_READY)
-	$(GPU_PYTHON) -m pytest --acceptance -m "gpu or multigpu" tests/gpu $(ARGS)
+	$(ACCEPTANCE_PYTHON) -m pytest --acceptance -m "gpu or multigpu" tests/gpu $(ARGS)
 
 VERL ?= 0.9.1
 VERL_ENV := .venv-verl-$(VERL)
