@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from gpu.scenarios import END, START
 from gpu.scenarios.common import BACKEND, ON_GPU, Trainer
 
+GARBAGE = 50_000  # objects, not 700: importing torch and transformers takes half as long again otherwise
+
 
 class _Both(io.TextIOBase):
     """Writes to two streams."""
@@ -76,6 +78,7 @@ def run(trainer: Trainer, scenarios: list[str], records: Path) -> None:
 
 
 def main() -> None:
+    gc.set_threshold(GARBAGE)
     job = json.loads(sys.argv[1])
     if ON_GPU:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
