@@ -152,7 +152,7 @@ def _share(machine: Machine, *, expandable: bool) -> dict[str, Any]:
         try:
             with children.answering(["-m", _MODULE, "offer", "cuda"], environ, timeout_s=machine.timeout_s) as offer:
                 text, results = json.dumps(offer), []
-                if any("header" in memory for memory in offer["memories"]):
+                if any("memory" in memory for memory in offer["memories"]):
                     printed = children.run(["-m", _MODULE, "read"], environ, text=text, timeout_s=machine.timeout_s)
                     results = json.loads(printed)
                 else:
