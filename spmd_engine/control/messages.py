@@ -114,7 +114,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Requests that begin as soon as they can, beside others. From the trainer of a replica's first rank only.
 
     Attributes:
-        requests: of `requests.GenerateRequest`, by id. No id is the beginning of another one.
+        requests: by id. No id is the beginning of another one.
         stream: whether to report tokens as they come.
     """
 
@@ -143,7 +143,7 @@ class Resume(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """What has become of requests that were submitted, as lists of `requests.Increment`."""
+    """What has become of requests that were submitted, as it comes."""
 
     increments: list[Increment]
 
@@ -171,7 +171,7 @@ class ParseCalls(msgspec.Struct, frozen=True, tag=True):
 
 
 class Parsed(msgspec.Struct, frozen=True, tag=True):
-    """Answer to `ParseCalls`: the text around the calls, and a list of `requests.FunctionCall`."""
+    """Answer to `ParseCalls`: the text around the calls, and the calls."""
 
     rid: str
     text: str

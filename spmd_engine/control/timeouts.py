@@ -81,6 +81,13 @@ DESCRIPTORS_S = 60.0
 DESCRIPTORS_RETRY_S = 0.005
 assert HELLO_S < DESCRIPTORS_S
 
+# ---- the doctor ----
+
+# How long another node, or another process of this one, may take to answer while the doctor tries the way to it.
+DOCTOR_CONNECT_S = 3.0
+DOCTOR_DESCRIPTORS_S = 30.0
+assert DOCTOR_DESCRIPTORS_S > HELLO_S
+
 # ---- Ray and verl ----
 
 # How often a driver looks at its ranks.

@@ -7,11 +7,10 @@ import ipaddress
 import random
 import socket
 
-from spmd_engine.control import peer_group
+from spmd_engine.control import peer_group, timeouts
 from spmd_engine.doctor.findings import Finding, Machine, failure, ok, skipped, warning
 from spmd_engine.trainer.rendezvous import interface_of, outgoing_address
 
-_CONNECT_S = 3.0
 _EPHEMERAL = (32768, 60999)
 # What NCCL then does without, from its documentation (Environment Variables).
 _SLOW = {
@@ -129,11 +128,11 @@ def _knock(address: str, port: int) -> str:
     """Why `address` does not answer; "" if it does, be it with a refusal, which comes from the host itself."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.settimeout(_CONNECT_S)
+        sock.settimeout(timeouts.DOCTOR_CONNECT_S)
         try:
             sock.connect((address, port))
         except TimeoutError:
-            return f"no answer in {_CONNECT_S:g} s (a firewall, or no such host)"
+            return f"no answer in {timeouts.DOCTOR_CONNECT_S:g} s (a firewall, or no such host)"
         except OSError as error:
             return "" if error.errno == errno.ECONNREFUSED else str(error)
     return ""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from spmd_engine.control import codec
+from spmd_engine.control import codec, timeouts
 from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
 from spmd_engine.planning.dtypes import ElementType
 from spmd_engine.planning.shard_memory import ShardMemory
@@ -27,7 +27,6 @@ from spmd_engine.transfer.fd_passing import DescriptorServer, PassingError
 from spmd_engine.transfer.handles import Exporter, OpenHandles
 
 _ELEMENTS = 3 << 20  # 12 MiB: over several chunks of an expandable segment
-_TIMEOUT_S = 30.0
 
 
 def _pattern(seed: int) -> np.ndarray:
@@ -82,10 +81,12 @@ def _export(tensor: Any, device: int) -> tuple[ShardMemory, DescriptorServer]:
     counts = {handle: len(sizes) for handle, sizes in zip(memory.handles, memory.chunks, strict=True) if sizes}
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        thread = threading.Thread(target=exporter.send_descriptors, args=(ours,), kwargs={"timeout_s": _TIMEOUT_S})
+        thread = threading.Thread(
+            target=exporter.send_descriptors, args=(ours,), kwargs={"timeout_s": timeouts.DOCTOR_DESCRIPTORS_S}
+        )
         thread.start()
         try:
-            return memory, DescriptorServer.receive(theirs, counts, timeout_s=_TIMEOUT_S)
+            return memory, DescriptorServer.receive(theirs, counts, timeout_s=timeouts.DOCTOR_DESCRIPTORS_S)
         finally:
             thread.join()
 

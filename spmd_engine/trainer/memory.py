@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from spmd_engine.control.calls import Occupation, ReleaseMemory, ResumeMemory
 from spmd_engine.errors import MEMORY_TAGS, MemoryOccupationError
@@ -20,9 +19,7 @@ class MemoryCalls:
     _keeps_mapped: bool
     _sleeping: tuple[str, ...]
     _memory: dict[str, int]
-
-    def _log(self, level: int, event: str, text: str, **fields: Any) -> None:
-        raise NotImplementedError
+    _log: Callable[..., None]
 
     @property
     def sleeping(self) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def test_many_at_once(tmp_path, checkpoint):
 
 @pytest.mark.one_version
 def test_death(tmp_path, checkpoint, leaves_nothing):
-    run_job("serve.death", 2, tmp_path, path=checkpoint("qwen2", 1))
+    run_job("serve_death.death", 2, tmp_path, path=checkpoint("qwen2", 1))
 
 
 @pytest.mark.one_version

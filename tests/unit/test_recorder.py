@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import library
 
 from spmd_engine.errors import PlanError
 from spmd_engine.planning import coverage
@@ -299,7 +300,7 @@ def test_coverage_counts_exactly():
     assert coverage.uncovered([region(p[i, :, ::1]) for i in range(6)], *args) == 0
 
 
-with_misleading_words = torch.library.Library("spmd_engine_tests", "DEF")
+with_misleading_words = library.Library("spmd_engine_tests", "DEF")
 with_misleading_words.define("knows_values(Tensor x) -> Tensor")
 with_misleading_words.define("knows_shapes(Tensor x) -> Tensor")
 
