@@ -93,7 +93,7 @@ class CollectiveCall:
 
     def _send(self, body: AnyCall, spin_s: float) -> Answer | None:
         self._spans.end()
-        reply = self._client.exchange(self, body, self._spans, spin_s)
+        reply = self._client.send_call(self, body, self._spans, spin_s)
         self.is_settled = True
         if reply.error is not None:
             raise reply.error.to_exception()
@@ -177,7 +177,7 @@ class SchedulerClient:
                     self._interrupted(name, error)
                 raise
 
-    def exchange(self, call: CollectiveCall, body: AnyCall, spans: tracing.Spans, spin_s: float) -> Reply:
+    def send_call(self, call: CollectiveCall, body: AnyCall, spans: tracing.Spans, spin_s: float) -> Reply:
         """Send a call, and wait for the reply."""
         message = Call(
             seq=call.seq,
