@@ -113,7 +113,7 @@ class SpmdEngine(LeaderCalls, MemoryCalls):
         if is_restart:
             self._counters.add_restart()
         self._spin_s = 0.0 if startup.on_cpu else timeouts.TRAINER_SPIN_S
-        self._client = SchedulerClient(rank, self._process, startup.rendezvous, self._timeout_s)
+        self._client = SchedulerClient(rank, self._process, startup.rendezvous, float(self._timeout_s))
         self._updates = WeightUpdates(rank, self._ranks, self._process, self._timeout_s, self._device)
         self._requests = AsyncRequests(self._client, self._tokenizer, self._timeout_s, self._counters.add_sequences)
         self._memory = self._client.await_ready().memory
@@ -265,9 +265,10 @@ class SpmdEngine(LeaderCalls, MemoryCalls):
         rename: Callable[[str], str] | None,
     ) -> tuple[PreparedUpdate, UpdateStats]:
         with self._client.collective("update_weights", notice=Coming(), span="describe") as call:
+            call.holders = self._updates.last_holders  # so that a refusal reaches all who wait in this call
             if running not in _RUNNING:
                 raise InvalidRequestError(f"running must be one of {list(_RUNNING)}, got {running!r}")
-            made = self._updates.prepare(call, source, verify=verify, running=running, rename=rename)
+            made = self._updates.prepare(call, source, verify=bool(verify), running=str(running), rename=rename)
             return made, call.finish(made.body, Updated, spin_s=self._spin_s).stats
 
     def explain(
@@ -299,6 +300,7 @@ class SpmdEngine(LeaderCalls, MemoryCalls):
         """
 
         with self._client.collective("explain") as call:
+            call.holders = self._updates.last_holders
             body = self._updates.prepare_explain(call, source, rename=rename)
             found = call.finish(body, Explained)
         read_sets = {key: unpack(packed, body.layout.names()) for key, packed in found.read_sets.items()}

@@ -115,6 +115,11 @@ class RankFailedError(SpmdEngineError):
         self.errors = dict(errors or {})
 
 
+def as_utf8(text: str) -> str:
+    """A text that can be told to another process: half of a surrogate pair, in a user's own message, is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class ErrorReport:
     """An error on its way from one process to another.
@@ -128,6 +133,9 @@ class ErrorReport:
     kind: str
     message: str
     rank: int = -1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", as_utf8(self.message))
 
     def to_exception(self) -> SpmdEngineError:
         """The typed exception; an unknown kind becomes a `SchedulerError`."""

@@ -77,6 +77,18 @@ def encode(message: object) -> bytes:
         raise EncodeError(str(error)) from error
 
 
+def check(message: object) -> None:
+    """Make sure that another process would take a message that holds what a user has passed.
+
+    Raises:
+        EncodeError: it would not.
+    """
+    try:
+        decode(encode(message), type(message))
+    except DecodeError as error:
+        raise EncodeError(str(error)) from error
+
+
 @overload
 def decode(data: bytes, kind: type[M]) -> M: ...
 @overload

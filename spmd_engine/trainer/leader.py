@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Unpack
 
+from spmd_engine.control import codec
 from spmd_engine.control.generation import FunctionCall
-from spmd_engine.control.messages import Pause, Resume
+from spmd_engine.control.messages import ParseCalls, Pause, Resume
 from spmd_engine.errors import InvalidRequestError
 from spmd_engine.trainer import requests as req
 from spmd_engine.trainer.async_requests import AsyncRequests
@@ -71,10 +71,12 @@ class LeaderCalls:
             raise InvalidRequestError(f"priority must be an integer, got {priority!r}")
         if not (timeout_s is None or (isinstance(timeout_s, (int, float)) and timeout_s > 0)):
             raise InvalidRequestError(f"timeout_s must be a number of seconds above 0, got {timeout_s!r}")
-        made, single = req.build_requests(prompt, sampling_params, tokenizer=self._tokenizer, **options)
+        made, single = req.build_requests(
+            prompt, sampling_params, priority=priority, tokenizer=self._tokenizer, **options
+        )
         name, sequences = self._requests.start(
-            [replace(request, priority=priority) for request in made],
-            stream=stream,
+            made,
+            stream=bool(stream),
             request_id=request_id,
             timeout_s=timeout_s,
         )
@@ -104,7 +106,14 @@ class LeaderCalls:
             SchedulerDiedError, SchedulerError, CollectiveTimeoutError, EngineClosedError: the engine is closed.
         """
         self._check_leader("parse_function_calls")
-        return await self._requests.parse(text, [dict(tool) for tool in tools], parser)
+        question = ParseCalls("", text, [dict(tool) for tool in tools], parser)
+        try:
+            codec.check(question)
+        except codec.EncodeError as error:
+            raise InvalidRequestError(
+                f"text and parser must be strings, and tools dicts of plain values with strings as keys: {error}"
+            ) from error
+        return await self._requests.parse(question.text, question.tools, question.parser)
 
     def abort(self, request_id: str | None = None) -> int:
         """End a request of `async_generate`, or all of them. They end with the tokens that they have.

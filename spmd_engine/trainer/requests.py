@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, TypedDict
 
@@ -14,6 +15,7 @@ from spmd_engine.errors import ConfigError, InvalidRequestError
 
 # SGLang shows the detokenizer this many prompt tokens, so that the first output token joins on to the prompt.
 _SURROGATE_TOKENS = 5
+_NO_TOKENS = array("q")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 
@@ -71,6 +73,7 @@ def build_requests(
     logprob_start_len: int | Sequence[int] | None = None,
     top_logprobs_num: int | Sequence[int] | None = None,
     token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    priority: int | None = None,
     tokenizer: Any,
     **unknown: Any,
 ) -> tuple[list[GenerateRequest], bool]:
@@ -116,15 +119,17 @@ def build_requests(
             text=texts[i],
             sampling_params={**plain[i], "n": 1},
             return_logprob=wanted[i],
-            logprob_start_len=starts[i],
-            top_logprobs_num=tops[i],
-            token_ids_logprob=None if tokens[i] is None else list(tokens[i]),
+            logprob_start_len=int(starts[i]),
+            top_logprobs_num=int(tops[i]),
+            token_ids_logprob=None if tokens[i] is None else list(map(int, tokens[i])),
+            priority=None if priority is None else int(priority),
         )
         for i in range(count)
         for _ in range(counts[i])
     ]
     try:
-        codec.encode([plain, texts])
+        for request in requests:
+            codec.check(replace(request, input_ids=_NO_TOKENS))  # an array holds nothing but numbers of 64 bits
     except codec.EncodeError as error:
         raise InvalidRequestError(
             f"prompts and sampling parameters must be of plain values and numbers of 64 bits: {error}"
@@ -149,6 +154,7 @@ def _tokens(prompt: Any, input_ids: Any, tokenizer: Any) -> tuple[list[array[int
             raise InvalidRequestError(
                 "prompt must be a string or a list of strings; images and video are not supported"
             )
+        texts = [str(text) for text in texts]  # of no class of the user's own
         try:
             arrays = [array("q", ids) for ids in tokenizer(texts)["input_ids"]]
         except Exception as error:  # of whatever kind: half of a surrogate pair, for one, is a TypeError

@@ -15,8 +15,15 @@ from typing import NoReturn, TypeVar
 from spmd_engine.control import timeouts
 from spmd_engine.control.calls import Answer, AnyCall, Meet, Met, Refuse
 from spmd_engine.control.channel import ChannelTimeout
+from spmd_engine.control.codec import EncodeError
 from spmd_engine.control.messages import Call, Failed, Phase, Ready, Reply
-from spmd_engine.errors import CollectiveTimeoutError, EngineClosedError, SpmdEngineError
+from spmd_engine.errors import (
+    CollectiveTimeoutError,
+    EngineClosedError,
+    InvalidRequestError,
+    SpmdEngineError,
+    as_utf8,
+)
 from spmd_engine.trainer import tracing
 from spmd_engine.trainer.failures import Failures, copy_of
 from spmd_engine.trainer.process import ProcessDied, SchedulerProcess
@@ -74,7 +81,7 @@ class CollectiveCall:
         Raises:
             CollectiveMismatchError: another rank made another call; all of them know.
         """
-        found = self._send(Meet(what, group, number, running), 0.0)
+        found = self._send(Meet(as_utf8(what), group, number, running), 0.0)
         assert isinstance(found, Met)
         self.is_settled = False
         return found.number
@@ -85,7 +92,7 @@ class CollectiveCall:
         Raises:
             SpmdEngineError: another rank made another call; or the engine has failed.
         """
-        self._send(Refuse(self.name, f"{type(reason).__name__}: {reason}", self.holders), 0.0)
+        self._send(Refuse(self.name, as_utf8(f"{type(reason).__name__}: {reason}"), self.holders), 0.0)
 
     def check_failed(self) -> None:
         """Raise if the scheduler process has ended or reported a failure meanwhile."""
@@ -194,7 +201,12 @@ class SchedulerClient:
                 spans.begin(heard.name)
             return isinstance(heard, Reply) and heard.seq == call.seq
 
-        self._send(message, call.name)
+        try:
+            self._send(message, call.name)
+        except EncodeError as error:
+            raise InvalidRequestError(
+                f"an argument of {call.name} cannot be told to another process: {error}"
+            ) from error
         reply = self.receive(hear, self.timeout_s + timeouts.REPLY_MARGIN_S, call.name, spin_s=spin_s)
         assert isinstance(reply, Reply)
         return reply

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from spmd_engine.control import peer_group, timeouts
+from spmd_engine.control import codec, peer_group, timeouts
 from spmd_engine.control.digest import digest
 from spmd_engine.control.messages import PROTOCOL, GroupAddress, Start
 from spmd_engine.errors import CollectiveMismatchError, ConfigError
@@ -187,6 +187,11 @@ class Startup:
                 f"got {self._given_timeout!r}"
             )
         args, tp_size = self._server_args, len(self._ranks)
+        args.update({name: os.fspath(value) for name, value in args.items() if isinstance(value, os.PathLike)})
+        try:
+            codec.encode(args)
+        except codec.EncodeError as error:
+            raise ConfigError(f"arguments of the engine must be plain values: {error}") from error
         for name in sorted(_OWN_ARGS & args.keys()):
             raise ConfigError(f"{name}= is set by SpmdEngine from the device mesh; leave it out")
         for name in _ONLY_ONE:
@@ -231,7 +236,7 @@ class Startup:
             host=host,
             trainer_pid=os.getpid(),
             scratch=scratch,
-            timeout_s=self._timeout_s,
+            timeout_s=float(self._timeout_s),
             weight_version=self.weight_version,
             is_restart=self._is_restart,
             keeps_mapped=self._keeps_mapped,

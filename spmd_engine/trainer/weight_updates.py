@@ -52,7 +52,11 @@ class PreparedUpdate:
 
 
 class WeightUpdates:
-    """State that lasts between the weight updates of one engine, on the trainer's side."""
+    """State that lasts between the weight updates of one engine, on the trainer's side.
+
+    Attributes:
+        last_holders: ranks of all replicas that made the last update or explanation.
+    """
 
     def __init__(
         self,
@@ -65,7 +69,9 @@ class WeightUpdates:
         self._rank, self._replica, self._device = rank, replica, device
         self._process, self._timeout_s = process, timeout_s
         self._connected = {replica}
+        self.last_holders = replica  # of the last update or explanation
         self._known: dict[str, None] = {}  # layouts that the scheduler process has, the last used last
+        self._known_before: dict[str, None] = {}  # the same, before the update that runs
         self._reader, self._exporter = SourceReader(rank), Exporter()
         self._key: tuple[SourceLayout, frozenset[str], str] | None = None
         self._last: tuple[str, ShardMemory] | None = None
@@ -99,8 +105,8 @@ class WeightUpdates:
         if moved:
             self._pass_descriptors(memory)
         is_known = key in self._known
-        if not is_known:
-            self._known.clear()  # until it commits: the scheduler process may have dropped another for it
+        # Until it commits: the scheduler process may drop another layout for this one, and then refuse the update.
+        self._known_before, self._known = self._known, {}
         body = UpdateWeights(
             holders=call.holders,
             key=key,
@@ -159,6 +165,7 @@ class WeightUpdates:
             refusal, holders = error, _holders_of(source)
         ranks = tuple(sorted({*self._replica, *holders}))
         call.holders = self._replica if set(ranks) == set(self._replica) else ranks
+        self.last_holders = call.holders
         if call.holders not in self._connected:
             why = "for the first time" if refusal is None else f"refused: {type(refusal).__name__}: {refusal}"
             # Ranks of other replicas may be waiting to connect: they must hear of a refusal, too.
@@ -175,8 +182,7 @@ class WeightUpdates:
     def commit(self, update: PreparedUpdate) -> None:
         """Remember what the scheduler process now knows."""
         key = update.body.key
-        self._known.pop(key, None)
-        self._known[key] = None  # the last used comes last
+        self._known = {name: None for name in self._known_before if name != key} | {key: None}
         while len(self._known) > KNOWN_LAYOUTS:
             del self._known[next(iter(self._known))]
         self._last = (key, update.memory)

@@ -13,6 +13,8 @@ from spmd_engine.control import codec
 from spmd_engine.control.calls import AnyCall, Generate, UpdateWeights
 from spmd_engine.control.codec import Plain, Tokens
 from spmd_engine.control.generation import GenerateRequest
+from spmd_engine.control.messages import ParseCalls
+from spmd_engine.errors import ErrorReport
 from spmd_engine.planning.copy_table import BLOCK_COPY_DTYPE
 from spmd_engine.planning.layout import FlatShard, Mesh, Replicate, Shard, SourceLayout, StridedShard, Weight
 from spmd_engine.planning.shard_memory import ShardMemory
@@ -68,6 +70,18 @@ def test_calls_with_equal_requests_have_equal_digests():
 
     assert Generate([request("a")]).digest() == Generate([request("".join(["a"]))]).digest()
     assert Generate([request("a")]).digest() != Generate([request("b")]).digest()
+
+
+def test_errors_with_any_text_reach_another_process():
+    report = ErrorReport("PlanError", "weight '\ud800' is odd", 3)
+    assert codec.decode(codec.encode(report), ErrorReport) == report and r"\ud800" in report.message
+
+
+def test_a_message_with_a_users_values_is_tried_before_it_is_sent():
+    codec.check(ParseCalls("1", "text", [{"a": {"b": [1]}}], "qwen25"))
+    for tools, parser in (([{1: 2}], "qwen25"), ([{"a": len}], "qwen25"), ([], None)):
+        with pytest.raises(codec.EncodeError):
+            codec.check(ParseCalls("1", "text", tools, parser))
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", codec.encode([1]), codec.encode({"type": "NoSuchCall"})])

@@ -12,7 +12,7 @@ import torch
 
 from spmd_engine.control import codec
 from spmd_engine.control.digest import digest
-from spmd_engine.control.generation import GenerateOutput
+from spmd_engine.control.generation import GenerateOutput, GenerateRequest
 from spmd_engine.control.messages import Submit
 from spmd_engine.errors import InvalidRequestError
 from spmd_engine.scheduler.step_commands import StepCommands
@@ -205,6 +205,28 @@ def test_streamed_text_keeps_back_what_may_become_a_stop_string():
 def test_arguments_of_wrong_types_are_refused(arguments, message):
     with pytest.raises(InvalidRequestError, match=message):
         build(**arguments)
+
+
+def test_numbers_and_texts_of_other_classes_reach_another_process():
+    class Marked(str):
+        pass
+
+    (request,), _ = build(
+        input_ids=[1], logprob_start_len=False, top_logprobs_num=True, token_ids_logprob=[True], priority=True
+    )
+    assert codec.decode(codec.encode(request), GenerateRequest) == request
+    numbers = (
+        request.logprob_start_len,
+        request.top_logprobs_num,
+        *(request.token_ids_logprob or ()),
+        request.priority,
+    )
+    assert [type(number) for number in numbers] == [int] * 4
+    (request,), _ = build(prompt=Marked("ab"), tokenizer=lambda texts: {"input_ids": [[1] for _ in texts]})
+    assert type(request.text) is str
+    for name in ("logprob_start_len", "top_logprobs_num", "priority"):
+        with pytest.raises(InvalidRequestError, match="numbers of 64 bits"):
+            build(input_ids=[1], **{name: 1 << 64})
 
 
 def test_what_the_tokenizer_cannot_take_is_refused(tmp_path):

@@ -133,6 +133,8 @@ def forms(context: Any, path: str) -> dict[str, Any]:
                 {"input_ids": [1], "timeout_s": 0},
                 {"input_ids": [1], "request_id": 5},
                 {"input_ids": [1], "sampling_params": {"regex": "("}},
+                {"input_ids": [1], "logprob_start_len": 1 << 64},
+                {"input_ids": [1], "priority": 1 << 64},
             ):
                 with pytest.raises(errors.InvalidRequestError):
                     await engine.async_generate(**arguments)
@@ -234,6 +236,16 @@ async def check_function_calls(engine: Any) -> None:
         await engine.parse_function_calls(qwen, TOOLS, parser="qwen99")
     with pytest.raises(errors.InvalidRequestError, match="tools must look like"):
         await engine.parse_function_calls(qwen, [WEATHER], parser="qwen25")
+    for arguments in (
+        (None, TOOLS, "qwen25"),
+        (qwen, TOOLS, None),
+        (qwen, [{1: 2}], "qwen25"),
+        (qwen, [{"a": len}], "x"),
+    ):
+        with pytest.raises(errors.InvalidRequestError, match="must be strings"):
+            await engine.parse_function_calls(*arguments[:2], parser=arguments[2])
+    stream = await engine.async_generate(input_ids=PROMPTS[0], sampling_params=GREEDY, stream=1, top_logprobs_num=True)
+    assert len(whole(await collect(stream))["output_ids"]) == GREEDY["max_new_tokens"]
 
 
 def replicas(context: Any, path: str) -> dict[str, Any]:
@@ -258,7 +270,12 @@ def replicas(context: Any, path: str) -> dict[str, Any]:
         engine.update_weights(model)
     if context.rank < 2:
         engine.restart()
-    engine.update_weights(model)
+    engine.update_weights(model, verify=1)
+    # A call that is refused before anything is described is refused on all replicas, and nobody waits.
+    began = time.monotonic()
+    with pytest.raises(errors.CollectiveMismatchError, match="running must be one of"):
+        engine.update_weights(model, running="maybe" if context.rank < 2 else "wait")
+    assert time.monotonic() - began < 30.0
 
     async def rollout() -> None:
         for _ in range(3):  # with gaps in between
