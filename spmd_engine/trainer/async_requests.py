@@ -110,7 +110,7 @@ class AsyncRequests:
         """What a parser of SGLang's finds in a text.
 
         Raises:
-            InvalidRequestError: see `adapter.parse_function_calls`.
+            InvalidRequestError: see `LeaderCalls.parse_function_calls`.
             SpmdEngineError: the engine has ended.
         """
         loop = self._enter_loop()
