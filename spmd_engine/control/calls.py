@@ -1,4 +1,4 @@
-"""Names every collective call, what its ranks must agree on, and what it answers.
+"""Names every collective call of scheduler processes, what its ranks must agree on, and what it answers.
 
 A call is a frozen Struct. `common` is what all ranks must have in common, `summary` a line for messages, and
 `ranks` the ranks of all replicas that make the call together; () where it is the caller's replica alone.

@@ -1,4 +1,4 @@
-"""Names everything that a trainer rank and its scheduler process tell each other."""
+"""Names everything that a trainer rank and its scheduler process tell each other over their channel."""
 
 from __future__ import annotations
 

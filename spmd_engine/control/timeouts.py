@@ -1,4 +1,4 @@
-"""Holds every timeout of the package, in seconds: what each must exceed stands beside it, and is asserted.
+"""Holds the timeouts of the package, in seconds: what each must exceed stands beside it, and is asserted.
 
 How long a call may take is the user's `timeout_s`. All others follow from how fast a failure is to be reported.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # ---- noticing a failure ----
 
-# A node that is cut off closes nothing. The kernel asks an idle peer after so many seconds whether it is there, so
-# often and so many times (tcp(7)). It answers for a process that is busy or stopped, too.
+# A node that is cut off closes nothing. After IDLE seconds of silence the kernel asks whether the peer is there, every
+# INTERVAL seconds, COUNT times (tcp(7)). It answers for a process that is busy or stopped, too.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 4, 2, 3
 CUT_OFF_S = KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT
 # How long a peer's alarm may take to be written or read.

@@ -1,1 +1,1 @@
-"""Pure planning: NumPy and errors only."""
+"""Pure planning: NumPy, msgspec and errors only."""

@@ -2,7 +2,7 @@
 
 A route carries what one sender has for one node. The sender packs blocks into a bucket, the bucket moves, and every
 rank of the node unpacks from it what it wants: a byte that several of them want comes once. Buckets are small, so a
-route takes several steps; all routes of an update take theirs together. A pure function of its arguments, like
+route takes several steps, and in each step every route sends one bucket. A pure function of its arguments, like
 `plan.py`: every rank works out the same from what all of them want.
 """
 

@@ -1,4 +1,4 @@
-"""Keeps what the first update with a layout prepares for later ones: few, and only as long as it fits."""
+"""Keeps the last few layouts and their plans, each until SGLang replaces a parameter that it writes."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Decides in which order calls take effect, the same on all ranks: the `receiver` of SGLang's event loop.
 
 Each rank hands its collective call to its own scheduler process; the processes agree on it before any of them acts.
-While a rollout runs nothing else can arrive, so no message is sent; while nothing runs, the process sleeps in a
-blocking receive.
+While a rollout runs nothing else takes effect, so the ranks tell each other nothing; while nothing runs, the process
+sleeps in a blocking receive.
 
-Requests of `async_generate` come from the trainer of the first rank, the root, alone. As long as some of them run, its
-scheduler process broadcasts at each turn of the loop what is new (`step_commands.py`); it does not wait for the others.
+Requests of `async_generate` come from the leader's trainer alone. As long as some of them run, the leader's scheduler
+process, the root, broadcasts at each turn of the loop what is new (`step_commands.py`); it does not wait for the others.
 A collective call takes its turn once these requests have finished, or are paused.
 """
 

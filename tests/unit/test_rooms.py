@@ -1,4 +1,4 @@
-"""Which room may import which: the arrows of the picture in README.md, and no others."""
+"""Which room may import which. README.md has the picture; `control` also reads the data of `planning` and `stats`."""
 
 from __future__ import annotations
 

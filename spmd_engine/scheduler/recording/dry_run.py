@@ -1,4 +1,4 @@
-"""Loads weights as the fallback will, before anything is written: on zeros in their place."""
+"""Tries the fallback once with zeros instead of weights, so that it fails before anything is written."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What a loader writes into parameters besides weights: constants, and what it computes from parameters.
 
 Recording runs on parameters that may be in use, and whose values are not yet those of the weights. So these writes wait
-until all copies are known. What depends on no weight is written then, as far as no weight replaces it; the weights on
-which others depend are left to the fallback.
+until all copies are known. Constants are written then, unless a weight overwrites them; the weights on which other
+writes depend are left to the fallback.
 """
 
 from __future__ import annotations
