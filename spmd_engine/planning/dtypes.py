@@ -1,7 +1,8 @@
 """Says which dtypes can move, how wide they are, and which casts a copy makes: the one place in Python that does.
 
 Weights have the dtypes of `ELEMENT_TYPES`, by torch's names without "torch."; users look torch's own up by
-`getattr(torch, name)`. The C++ core knows the codes of `ElementType` alone (`csrc/block_copy.hpp`); a test compares the two.
+`getattr(torch, name)`. The C++ core knows the codes of `ElementType` alone (`csrc/block_copy.hpp`); a test
+compares the two.
 """
 
 from __future__ import annotations

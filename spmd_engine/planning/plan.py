@@ -6,8 +6,8 @@ recording asks for exactly once, or `build_plan` raises and names what is missin
 The algebra: a recorded copy reads a strided view of a weight, given by an offset and (size, stride) pairs in elements
 of the contiguous global tensor. `views.py` writes each dimension of it as steps along one axis of the weight, and cuts
 them axis by axis; the part of the view inside a box is again a strided view, now of the piece's memory.
-Example: rows 4 to 7 of a weight [8, 16] begin at element 64 and are (4 rows, stride 16) × (16 elements, stride 1). A rank
-that holds rows 6 and 7 has two of them: they begin at element 0 of its piece, with the same strides.
+Example: rows 4 to 7 of a weight [8, 16] begin at element 64 and are (4 rows, stride 16) × (16 elements, stride 1). A
+rank that holds rows 6 and 7 has two of them: they begin at element 0 of its piece, with the same strides.
 """
 
 from __future__ import annotations

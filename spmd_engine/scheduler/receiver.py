@@ -5,8 +5,8 @@ While a rollout runs nothing else takes effect, so the ranks tell each other not
 sleeps in a blocking receive.
 
 Requests of `async_generate` come from the leader's trainer alone. As long as some of them run, the leader's scheduler
-process, the root, broadcasts at each turn of the loop what is new (`step_commands.py`); it does not wait for the others.
-A collective call takes its turn once these requests have finished, or are paused.
+process, the root, broadcasts at each turn of the loop what is new (`step_commands.py`); it does not wait for the
+others. A collective call takes its turn once these requests have finished, or are paused.
 """
 
 from __future__ import annotations

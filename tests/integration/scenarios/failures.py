@@ -122,7 +122,7 @@ def interrupted(context: Any, engine: Any, call: Callable[[], object]) -> None:
     def handler(number: int, frame: FrameType | None) -> None:
         inner = frame
         while inner is not None and not done.is_set():
-            if inner.f_code.co_name in ("prepare", "_exchange", "await_ready"):  # not just between two calls
+            if inner.f_code.co_name in ("prepare", "send_call", "await_ready"):  # not just between two calls
                 done.set()
                 signal.default_int_handler(number, frame)
             inner = inner.f_back
